@@ -1,0 +1,64 @@
+# `make` alone lists the targets.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
+STAMP := .venv/.installed
+# The CPU build of torch by default; `make install CUDA=1` takes PyPI's, which brings CUDA on Linux.
+TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format types imports unit test-gpu docs build clean
+
+help:
+	@awk -F ': .*## ' '/^[a-z-]+: .*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## set up .venv with everything below (PYTHON=python3.12 picks another Python)
+
+demo: install ## train, convert, measure and serve a small model on this machine
+	@$(BIN)/python -m spikelm_serve.demo
+
+test: lint types imports unit ## everything a change must pass
+
+lint: install ## style and formatting, unchanged files
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: install ## rewrite the files in the house format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: install ## mypy, strict
+	@$(BIN)/mypy
+
+imports: install ## imports point down, and optional packages stay where they belong
+	@$(BIN)/lint-imports
+
+unit: install ## the tests; warnings are errors
+	@$(BIN)/python -m pytest -q
+
+test-gpu: ## the tests that need a CUDA device (BIN=/usr/bin uses a Python outside .venv)
+	@$(BIN)/python -m pytest -q -m gpu
+
+docs: install ## write docs/cli.md from the commands' --help
+	@COLUMNS=100 $(BIN)/python -c "import pathlib, spikelm.cli as c; pathlib.Path('docs/cli.md').write_text(c.reference())"
+
+build: install ## sdist and wheel in dist/
+	@$(BIN)/python -m build
+
+clean: ## remove build products and caches, but neither .venv nor runs/
+	@rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find spikelm train serve tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "spikelm needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1); name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing into .venv; the first time takes a few minutes"
+	@$(PYTHON) -m venv .venv
+ifdef CUDA
+	@$(PIP) install "$(TORCH)"
+else
+	@$(PIP) install "$(TORCH)+cpu" 2>/dev/null || $(PIP) install "$(TORCH)" --extra-index-url $(TORCH_CPU_INDEX)
+endif
+	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,66 @@
+"""Command-line options that `generate` and `chat` share."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spikelm.generate import Engine
+    from spikelm.sampling import SamplingParams
+    from spikelm_serve.answer import Meter
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, help="longest answer in tokens (%(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (%(default)s)")
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens")
+    parser.add_argument("--min-p", type=float, default=0.0, help="least relative probability")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1 repeats less (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, help="makes the answer repeatable")
+    parser.add_argument(
+        "--stop", action="append", default=[], help="text that ends the answer; may be repeated"
+    )
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Raises: RequestError for a value out of range."""
+    from spikelm.sampling import SamplingParams
+
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+    )
+
+
+def use_utf8() -> None:
+    """Text in and out is UTF-8, also through pipes and whatever the locale says."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def stats(meter: Meter, engine: Engine) -> str:
+    """One line: speed, silence and memory."""
+    silent = engine.silent_fraction
+    parts = [
+        f"{meter.completion_tokens} tokens",
+        f"{meter.tokens_per_second:.1f} tokens/s",
+        *([] if silent is None else [f"{silent:.1%} silent"]),
+        f"{meter.state_bytes:,} bytes of state",
+    ]
+    return f"[{', '.join(parts)}]"

@@ -1,0 +1,78 @@
+"""`spikelm chat MODEL`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import TYPE_CHECKING
+
+from spikelm_serve.arguments import add_sampling, sampling_params, stats, use_utf8
+
+if TYPE_CHECKING:
+    from spikelm_serve.conversation import Conversation
+
+HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help shows this"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spikelm chat",
+        description="Talk to a model; lines piped to stdin are answered one by one.",
+        epilog=HELP,
+    )
+    parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
+    add_sampling(parser)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    from spikelm.checkpoint import load
+    from spikelm.generate import Engine
+    from spikelm_serve.conversation import Conversation
+    from spikelm_serve.template import ChatTemplate
+
+    params = sampling_params(args)
+    use_utf8()
+    checkpoint = load(args.model)
+    template = ChatTemplate.load(checkpoint.path)
+    print(f"{checkpoint.name}: {HELP}")
+    return talk(Conversation(Engine(checkpoint), template, params, args.stop))
+
+
+def talk(conversation: Conversation) -> int:
+    """Answers the lines of stdin until it ends."""
+    prompt = ""
+    if sys.stdin.isatty():
+        prompt = "> "
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (input() then edits lines and keeps a history)
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            print(f"\n{HELP}")
+            continue
+        if line in ("/exit", "/quit"):
+            return 0
+        if line == "/reset":
+            conversation.reset()
+            print("[forgotten]")
+        elif line.startswith("/"):
+            print(HELP)
+        elif line:
+            _answer(conversation, line)
+
+
+def _answer(conversation: Conversation, line: str) -> None:
+    try:
+        with contextlib.closing(conversation.ask(line)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    print(f"\n{stats(conversation.meter, conversation.engine)}", flush=True)

@@ -1,0 +1,7 @@
+"""`python -m spikelm` is the command `spikelm`."""
+
+import sys
+
+from spikelm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,210 @@
+"""Model folders: config.json, model.safetensors and the tokenizer's files; never pickle.
+
+The layout is the one of transformers, so `AutoModelForCausalLM` reads it too (`spikelm.hf`). A
+spike-coded folder has the section `spike_coding` in config.json and a manifest, spikes.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from spikelm.config import ModelConfig, from_dict, to_dict
+from spikelm.errors import CheckpointError, ConfigError
+from spikelm.models import coded
+from spikelm.models.layers import Linear
+from spikelm.models.spikelm import LanguageModel
+from spikelm.tokenizer import Tokenizer
+
+MODEL_TYPE = "spikelm"
+WEIGHTS = "model.safetensors"
+MANIFEST = "spikes.json"
+# transformers keeps the language model in the attribute `model` of its wrapper.
+PREFIX = "model."
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message['role'] | capitalize }}: {{ message['content'] }}\n
+{% endfor -%}
+{%- if add_generation_prompt %}Assistant:{% endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model folder."""
+
+    path: Path
+    model: LanguageModel
+    tokenizer: Tokenizer
+    manifest: dict[str, Any] | None
+    """Which tensors spike and how (spikes.json); None for a float model."""
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration, the weights and the tokenizer."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        with (self.path / WEIGHTS).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(self.tokenizer.fingerprint.encode())
+        return digest.hexdigest()
+
+
+def save(
+    folder: Path,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    *,
+    manifest: dict[str, Any] | None = None,
+) -> None:
+    """Writes the model folder; its files appear complete or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    config = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["SpikelmForCausalLM"],
+        "dtype": "float32",
+        "bos_token_id": tokenizer.eos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        **to_dict(model.config),
+    }
+    if manifest is not None:
+        config["spike_coding"] = {"bits": 8, "group_size": manifest["group_size"]}
+        _write_json(staging / MANIFEST, manifest)
+    tensors = {
+        PREFIX + name: tensor.detach().contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (model.config.tie_embeddings and manifest is None and name == "head.linear.weight")
+    }
+    _write_json(staging / "config.json", config)
+    generation = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+    _write_json(staging / "generation_config.json", generation)
+    (staging / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    tokenizer.save(staging)
+    save_file(tensors, staging / WEIGHTS, {"format": "pt"})
+    for file in staging.iterdir():
+        file.replace(folder / file.name)
+    staging.rmdir()
+
+
+def load(path: str | Path, *, backend: str = "auto") -> Checkpoint:
+    """Reads a float or spike-coded model folder, ready to run.
+
+    `backend` names the event-driven implementation of a spike-coded model (`kernels.event`).
+    Raises: CheckpointError naming what is missing, damaged or does not fit.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    coding = config.get("spike_coding")
+    model_config = model_config_of(config, folder)
+    tokenizer = Tokenizer.load(folder)
+    expected = config.get("tokenizer_fingerprint")
+    if tokenizer.vocab_size != model_config.vocab_size or (
+        expected is not None and tokenizer.fingerprint != expected
+    ):
+        raise CheckpointError(
+            f"the tokenizer in {folder} (vocabulary {tokenizer.vocab_size}, fingerprint "
+            f"{tokenizer.fingerprint[:12]}) is not the model's (vocabulary "
+            f"{model_config.vocab_size}, {str(expected)[:12]}); restore the folder's own "
+            "tokenizer.json"
+        )
+    with torch.device("meta"):
+        model = LanguageModel(model_config)
+        if coding is not None:
+            coded.use_coded_linears(model, coding["group_size"])
+    _load_weights(model, folder / WEIGHTS)
+    manifest = None
+    if coding is not None:
+        manifest = _read_json(folder / MANIFEST)
+        coded.pack(model, backend)
+    return Checkpoint(folder, model.eval().requires_grad_(False), tokenizer, manifest)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a spikelm folder as plain data."""
+    if not folder.is_dir():
+        raise CheckpointError(f"no model folder at {folder}; give a folder that holds config.json")
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") != MODEL_TYPE:
+        raise CheckpointError(
+            f"{folder} holds a '{config.get('model_type')}' model; expected '{MODEL_TYPE}'"
+        )
+    return config
+
+
+def model_config_of(config: dict[str, Any], where: Path | str) -> ModelConfig:
+    """The model configuration inside the plain data of a config.json."""
+    fields = ModelConfig.__dataclass_fields__
+    try:
+        return from_dict(ModelConfig, {k: v for k, v in config.items() if k in fields})
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: config.json: {error}") from None
+
+
+def _load_weights(model: LanguageModel, path: Path) -> None:
+    """Fills a meta model from a safetensors file, accounting for every tensor."""
+    wanted = {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    tied = model.config.tie_embeddings and isinstance(model.head.linear, Linear)
+    if tied:
+        wanted.pop(PREFIX + "head.linear.weight")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            _check_names(path, set(wanted), names)
+            tensors = {name: file.get_tensor(name) for name in sorted(names)}
+    except FileNotFoundError:
+        raise CheckpointError(f"no such file: {path}; the model folder is incomplete") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); copy or convert it again") from None
+    for name, tensor in tensors.items():
+        want = wanted[name]
+        if tensor.shape != want.shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for "
+                f"{list(want.shape)}; the two files belong to different models"
+            )
+    state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    model.load_state_dict(state, strict=not tied, assign=True)
+    model.tie_weights()
+
+
+def _check_names(path: Path, wanted: set[str], found: set[str]) -> None:
+    for problem, names in (("lacks", wanted - found), ("has unknown", found - wanted)):
+        if names:
+            shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            raise CheckpointError(
+                f"{path} {problem} {len(names)} tensor(s): {shown}; "
+                "config.json and weights belong to different models"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"no such file: {path}; the model folder is incomplete") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return data
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

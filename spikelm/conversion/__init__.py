@@ -1,0 +1,1 @@
+"""Trained checkpoints in, spike-coded checkpoints out."""

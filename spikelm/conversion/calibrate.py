@@ -1,0 +1,86 @@
+"""Thresholds for projections that were trained without a neuron, from a calibration text.
+
+Each gets the integer neuron: the dead zone gives the silence asked for, then k is the one whose
+counts, clipped to int8, come nearest to the float vector. Both are per-population statistics of
+|x| / mean|x|, so nothing but small histograms is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from spikelm.kernels.event import MAX_COUNT
+from spikelm.models.spikelm import LanguageModel
+from spikelm.neurons import Neuron, Spikes
+from spikelm.neurons.integer import integer_counts
+
+# Candidates for k: counts per mean |x|, half an octave apart.
+K_GRID = [2.0 ** (n / 2) for n in range(2, 14)]
+BINS, LARGEST_RATIO = 4096, 16.0
+
+
+class _DeadZones:
+    """Probe: histograms of |x| / mean|x|, exact zeros in the first bin."""
+
+    def __init__(self) -> None:
+        self.histograms: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
+        ratio = x.abs() / x.abs().mean(-1, keepdim=True).clamp(min=1e-12)
+        histogram = torch.histc(ratio.float(), BINS, 0.0, LARGEST_RATIO)
+        self.histograms[neuron.name] = self.histograms.get(neuron.name, 0) + histogram
+
+    def quantile(self, name: str, fraction: float) -> float:
+        """The ratio below which `fraction` of the entries lie."""
+        share = self.histograms[name].cumsum(0) / self.histograms[name].sum()
+        return int((share < fraction).sum()) * LARGEST_RATIO / BINS
+
+
+class _Errors:
+    """Probe: squared error of the integer code for every k of the grid."""
+
+    def __init__(self, dead_zones: Mapping[str, float]) -> None:
+        self.dead_zones = dead_zones
+        self.errors: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
+        if neuron.name not in self.dead_zones:
+            return
+        zone = torch.tensor(self.dead_zones[neuron.name])
+        errors = []
+        for k in K_GRID:
+            counts, v = integer_counts(x, torch.tensor(k), zone, MAX_COUNT, False)
+            errors.append((counts * v - x).square().sum())
+        self.errors[neuron.name] = self.errors.get(neuron.name, 0) + torch.stack(errors)
+
+
+@torch.inference_mode()
+def calibrate(
+    model: LanguageModel, windows: Tensor, silence: Mapping[str, float]
+) -> dict[str, tuple[float, float]]:
+    """(k, dead zone) of every neuron that is off and feeds a projection.
+
+    `windows` [B, T] are calibration tokens; `silence` maps tensor classes to the silent fraction
+    their dead zone should give (0 where absent).
+    """
+    names = {
+        neuron.name: neuron.tensor_class
+        for neuron in model.neurons()
+        if neuron.config.kind == "off" and neuron.tensor_class != "queries_keys"
+    }
+    zones = dict.fromkeys(names, 0.0)
+    if any(silence.get(tensor_class) for tensor_class in names.values()):
+        histograms = _DeadZones()
+        for window in windows.split(1):
+            model(window, probe=histograms)
+        for name, tensor_class in names.items():
+            zones[name] = histograms.quantile(name, silence.get(tensor_class, 0.0))
+    errors = _Errors(zones)
+    for window in windows.split(1):
+        model(window, probe=errors)
+    return {name: (K_GRID[int(errors.errors[name].argmin())], zones[name]) for name in names}

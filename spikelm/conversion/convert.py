@@ -1,0 +1,116 @@
+"""A float checkpoint becomes a spike-coded one: integer weights, integer spikes, a manifest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spikelm import checkpoint
+from spikelm.coding.meter import Meter, Tally
+from spikelm.config import TENSOR_CLASSES, ModelConfig, NeuronConfig, NeuronsConfig, to_dict
+from spikelm.conversion.calibrate import calibrate
+from spikelm.errors import ConfigError, did_you_mean
+from spikelm.kernels.event import MAX_COUNT
+from spikelm.models.coded import coded_copy
+
+FORMAT = "spikelm-spikes-1"
+
+
+def convert(
+    source: Path,
+    out: Path,
+    windows: Tensor,
+    *,
+    silence: Mapping[str, float] | None = None,
+    group_size: int = 1,
+) -> dict[str, Any]:
+    """Converts the float folder `source` into the spike-coded folder `out`; returns the manifest.
+
+    Trained neurons keep their thresholds; projections without one are calibrated on the token
+    `windows` [B, T], with dead zones for the silent fractions in `silence` (per tensor class).
+    Raises: ConfigError for a silence that does not apply, CheckpointError for a bad source.
+    """
+    loaded = checkpoint.load(source)
+    if loaded.manifest is not None:
+        raise ConfigError(f"{source} is spike-coded already; give the float folder it came from")
+    if group_size < 1:
+        raise ConfigError(f"group size {group_size} given; allowed: 1 or more outputs")
+    silence = dict(silence or {})
+    _check_silence(silence, loaded.model.config)
+    calibrated = calibrate(loaded.model, windows, silence)
+    model = coded_copy(loaded.model, coded_config(loaded.model.config), group_size)
+    with torch.no_grad():
+        for neuron in model.neurons():
+            if neuron.name in calibrated:
+                k, dead_zone = calibrated[neuron.name]
+                neuron.k.fill_(k)
+                neuron.dead_zone.fill_(dead_zone)
+    meter = Meter()
+    with torch.inference_mode():
+        for window in windows.split(1):
+            model(window, probe=meter)
+    manifest = {
+        "format": FORMAT,
+        "source": {"name": loaded.name, "fingerprint": loaded.fingerprint},
+        "bits": 8,
+        "group_size": group_size,
+        "calibration_tokens": windows.numel(),
+        "silence_asked": silence,
+        "silent_fraction": meter.silent_fractions(),
+        "neurons": [
+            _entry(tally, tally.neuron.name in calibrated) for tally in meter.tallies.values()
+        ],
+    }
+    checkpoint.save(out, model, loaded.tokenizer, manifest=manifest)
+    return manifest
+
+
+def coded_config(config: ModelConfig) -> ModelConfig:
+    """The configuration after conversion: every projection spikes, counts fit into int8."""
+    neurons: dict[str, NeuronConfig] = {}
+    for name in TENSOR_CLASSES:
+        neuron: NeuronConfig = getattr(config.neurons, name)
+        if neuron.kind == "off" and name != "queries_keys":
+            neuron = NeuronConfig(kind="integer", max_count=MAX_COUNT)
+        elif neuron.kind == "integer" and neuron.max_count is None:
+            neuron = dataclasses.replace(neuron, max_count=MAX_COUNT)
+        neurons[name] = neuron
+    return dataclasses.replace(config, neurons=NeuronsConfig(**neurons), tie_embeddings=False)
+
+
+def _check_silence(silence: Mapping[str, float], config: ModelConfig) -> None:
+    for name, fraction in silence.items():
+        if name not in TENSOR_CLASSES:
+            raise ConfigError(
+                f"unknown tensor class '{name}'; {did_you_mean(name, TENSOR_CLASSES)}"
+            )
+        if name == "queries_keys" or getattr(config.neurons, name).kind != "off":
+            raise ConfigError(
+                f"silence for '{name}' given, but its threshold was trained or it feeds no "
+                "weights; silence can be asked for projections whose neuron is off"
+            )
+        if not 0 <= fraction < 1:
+            raise ConfigError(f"silence {name}={fraction} given; allowed: 0 <= fraction < 1")
+
+
+def _entry(tally: Tally, calibrated: bool) -> dict[str, Any]:
+    """One row of the manifest."""
+    neuron, code = tally.neuron, tally.code
+    return {
+        "name": neuron.name,
+        "tensor_class": neuron.tensor_class,
+        "channels": neuron.channels,
+        "neuron": to_dict(neuron.config),
+        "threshold": "calibrated" if calibrated else "trained",
+        "code": code[0].name if code else None,
+        "steps": code[1] if code else None,
+        "silent_fraction": tally.silent_fraction,
+        "slot_sparsity": tally.slot_sparsity,
+        "largest_count": tally.largest,
+        "saturated_fraction": tally.saturated / max(1, tally.entries),
+    }

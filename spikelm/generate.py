@@ -1,0 +1,168 @@
+"""Decoding: parallel prefill, then one token at a time with constant state.
+
+One engine for float and spike-coded checkpoints. N vocabulary, B sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spikelm.checkpoint import Checkpoint
+from spikelm.models.spikelm import LanguageModel
+from spikelm.neurons import Neuron, Spikes
+from spikelm.sampling import Sampler, SamplingParams
+from spikelm.state import State
+from spikelm.tokenizer import Tokenizer
+
+# Long prompts run in pieces of about this many tokens, so prefill memory does not grow.
+PREFILL_TOKENS = 1024
+# The chunkwise mixers work on this grid; pieces that keep to it change no rounding.
+CHUNK_GRID = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of generated text."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """The tokens sampled since the last chunk (their text may be held back)."""
+    finish_reason: str | None
+    """"stop" or "length" on the last chunk, else None."""
+
+
+class Engine:
+    """Token ids in, logits out; knows no text. Conversations live in the caller's `State`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.tokenizer: Tokenizer = checkpoint.tokenizer
+        self.model: LanguageModel = checkpoint.model
+        self._silent = torch.zeros((), dtype=torch.int64)
+        self._total = 0
+
+    @property
+    def silent_fraction(self) -> float | None:
+        """Exact zeros over all entries that entered a projection in `step`s so far."""
+        return int(self._silent) / self._total if self._total else None
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int], state: State | None = None) -> tuple[Tensor, State]:
+        """Reads a prompt of at least one token: logits [1, N] after it, and the state."""
+        if not ids:
+            raise ValueError("prefill needs at least one token")
+        logits, state = run(self.model, torch.tensor([list(ids)]), state)
+        return logits[:, -1], state
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+        """One token for each of B sequences: ids [B] -> logits [B, N], and the state."""
+        logits, state = self.model(ids[:, None], state, probe=self._count)
+        return logits[:, -1], state
+
+    def _count(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
+        if neuron.tensor_class != "queries_keys":
+            self._silent += (spikes.values == 0).sum()
+            self._total += spikes.values.numel()
+
+
+def run(
+    model: LanguageModel, tokens: Tensor, state: State | None, *, last_only: bool = True
+) -> tuple[Tensor, State]:
+    """The forward over tokens [B, T] in pieces of bounded memory; logits [B, 1 or T, N]."""
+    grid = math.lcm(CHUNK_GRID, model.config.attention.window)
+    size = grid * -(-PREFILL_TOKENS // grid)
+    outputs = []
+    for piece in tokens.split(size, dim=1):
+        logits, state = model(piece, state, last_only=last_only)
+        outputs.append(logits)
+    assert state is not None
+    return (outputs[-1] if last_only else torch.cat(outputs, 1)), state
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a prompt: start of document, then the text."""
+    return [tokenizer.eos_id, *tokenizer.encode(text)]
+
+
+def stream_text(
+    engine: Engine,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    stop: Sequence[str] = (),
+) -> Iterator[Chunk]:
+    """Generates text after the prompt's tokens, piece by piece.
+
+    A piece never ends inside a character and never holds the start of a stop string that may
+    still complete. The end-of-document token and a stop string end the text without being part
+    of it. An empty prompt starts a document. The last chunk, and only it, has a finish reason.
+    """
+    generation = Generation(engine, prompt, params, stop)
+    yield from generation
+
+
+class Generation:
+    """One running generation; after the last chunk `state` holds the whole conversation.
+
+    `state` has seen the prompt and every token whose text was yielded or ended the text early,
+    except the last sampled one, which is in `pending`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        stop: Sequence[str] = (),
+        state: State | None = None,
+    ) -> None:
+        self.engine = engine
+        self.params = params
+        self.prompt = list(prompt) or [engine.tokenizer.eos_id]
+        self.stop = [s for s in stop if s]
+        self.state = state
+        self.pending: int | None = None
+
+    def __iter__(self) -> Iterator[Chunk]:
+        tokenizer = self.engine.tokenizer
+        decoder, sampler = tokenizer.stream(), Sampler(self.params, self.prompt)
+        logits, self.state = self.engine.prefill(self.prompt, self.state)
+        held = ""
+        unseen: list[int] = []
+        for count in range(1, self.params.max_tokens + 1):
+            token = self.pending = sampler.sample(logits[0])
+            ended = token == tokenizer.eos_id
+            last = ended or count == self.params.max_tokens
+            held += decoder.flush() if ended else decoder.push(token)
+            if last and not ended:
+                held += decoder.flush()
+            unseen.append(token)
+            cut = _find_stop(held, self.stop)
+            if cut is not None or last:
+                reason = "stop" if ended or cut is not None else "length"
+                yield Chunk(held if cut is None else held[:cut], tuple(unseen), reason)
+                return
+            keep = _partial_stop(held, self.stop)
+            ready, held = held[: len(held) - keep], held[len(held) - keep :]
+            if ready:
+                yield Chunk(ready, tuple(unseen), None)
+                unseen = []
+            logits, self.state = self.engine.step(torch.tensor([token]), self.state)
+        yield Chunk("", (), "length")
+
+
+def _find_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Where the earliest stop string begins, or None."""
+    found = [at for s in stop if (at := text.find(s)) >= 0]
+    return min(found) if found else None
+
+
+def _partial_stop(text: str, stop: Sequence[str]) -> int:
+    """Length of the longest end of `text` that may become a stop string."""
+    longest = max((min(len(s) - 1, len(text)) for s in stop), default=0)
+    return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in stop)), 0)

@@ -1,0 +1,1 @@
+"""Recurrences and integer products: the specification and its faster forms."""

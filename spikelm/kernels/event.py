@@ -1,0 +1,114 @@
+"""Integer spike counts times integer weights, reading only the rows of neurons that fired.
+
+Weights are input-major: the bytes one input neuron reads lie together. All backends give the same
+integers, as float32 holds sums below 2^24 exactly and longer sums take an integer product, so
+they are each other's test oracle and a row's result does not depend on its batch.
+
+R rows (tokens), K input neurons, N outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spikelm.errors import BackendError, did_you_mean
+
+BACKENDS = ("embedding_bag_int8", "embedding_bag_float", "matmul")
+"""In the order `auto` tries them."""
+
+# Up to this many tokens a call gathers rows of active neurons; more share one integer GEMM, as
+# the union of their active sets is nearly everything.
+EVENT_ROWS = 8
+
+MAX_COUNT = 127
+"""Largest |count| the products take."""
+
+_EXACT_IN_FLOAT32 = 2**24
+_OFFSET = 128
+
+
+def available() -> list[tuple[str, str | None]]:
+    """Every backend in fallback order, with the reason why it cannot run here or None."""
+    return [(name, _obstacle(name)) for name in BACKENDS]
+
+
+def resolve(backend: str) -> str:
+    """The backend to use: `auto` takes the first that runs, a name is taken at its word.
+
+    Raises: BackendError for an unknown name or one that cannot run here.
+    """
+    if backend == "auto":
+        return next(name for name, obstacle in available() if obstacle is None)
+    if backend not in BACKENDS:
+        raise BackendError(f"unknown backend '{backend}'; {did_you_mean(backend, BACKENDS)}")
+    obstacle = _obstacle(backend)
+    if obstacle is not None:
+        raise BackendError(f"backend '{backend}' cannot run here: {obstacle}; use backend 'auto'")
+    return backend
+
+
+def pack(weight: Tensor, backend: str) -> Tensor:
+    """The int8 weights [K, N] in the backend's own layout; `matmul` takes them as they are."""
+    if backend == "matmul":
+        return weight
+    if backend == "embedding_bag_float":
+        return weight.float()
+    # A byte-rowwise table: w + 128 as uint8, then the row's float32 scale 1 and offset -128.
+    rows = (weight.to(torch.int16) + _OFFSET).to(torch.uint8)
+    tail = torch.tensor([1.0, -_OFFSET]).view(torch.uint8).to(weight.device)
+    return torch.cat([rows, tail.expand(weight.shape[0], -1)], 1).contiguous()
+
+
+def product(counts: Tensor, table: Tensor, backend: str) -> Tensor:
+    """counts [R, K] (integers of any dtype, |count| <= 127) times the packed weights -> the exact
+    integers [R, N], as float32, or as float64 where they may not fit.
+    """
+    if not _fits_float32(counts):
+        return _integer_gemm(counts, table, backend).to(torch.float64)
+    if backend == "matmul" or counts.shape[0] > EVENT_ROWS:
+        return _integer_gemm(counts, table, backend).float()
+    return _gather(counts, table, backend)
+
+
+def _fits_float32(counts: Tensor) -> bool:
+    if counts.shape[1] * MAX_COUNT * 127 < _EXACT_IN_FLOAT32:
+        return True
+    return int(counts.abs().sum(-1).max()) * 127 < _EXACT_IN_FLOAT32
+
+
+def _gather(counts: Tensor, table: Tensor, backend: str) -> Tensor:
+    """The event-driven product: a weighted sum of the rows of active neurons."""
+    rows, neurons = counts.nonzero(as_tuple=True)
+    ends = (counts != 0).sum(-1).cumsum(0)
+    offsets = F.pad(ends, (1, 0))
+    values = counts[rows, neurons].float()
+    if backend == "embedding_bag_int8":
+        out: Tensor = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            table, neurons, offsets, False, 0, False, values, None, True
+        )
+        return out
+    return F.embedding_bag(
+        neurons, table, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
+
+
+def _integer_gemm(counts: Tensor, table: Tensor, backend: str) -> Tensor:
+    """The dense product of all rows at once."""
+    weight = table.to(torch.int8)
+    if backend == "embedding_bag_int8":
+        # Flipping the top bit of w + 128 gives w in two's complement.
+        weight = (table[:, :-8] ^ _OFFSET).view(torch.int8)
+    if counts.device.type != "cpu":
+        # CUDA's int8 product wants shapes in multiples of 8 and more than 16 rows.
+        return counts.double() @ weight.double()
+    return torch._int_mm(counts.to(torch.int8), weight)
+
+
+def _obstacle(backend: str) -> str | None:
+    if backend != "embedding_bag_int8":
+        return None
+    if not hasattr(torch.ops.quantized, "embedding_bag_byte_rowwise_offsets"):
+        return "this torch was built without quantised CPU operators"
+    return None

@@ -1,0 +1,129 @@
+"""The specification: every recurrence as a plain loop over tokens, for any float dtype.
+
+Nothing here is fast. The forms in `delta`, `attention` and `shift` must equal these in outputs,
+final states and every gradient.
+
+B sequences, T tokens, H heads, G key/value heads, K key and V value channels per head.
+`reset` [B, T] is true at tokens before which the memory is forgotten.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from spikelm.kernels.delta import delta_step
+from spikelm.kernels.rope import rotate
+
+
+def delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    erase: Tensor,
+    write: Tensor,
+    state: Tensor,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`delta_step` token by token; shapes as in `delta.delta_rule`."""
+    outputs = []
+    for t in range(q.shape[1]):
+        if reset is not None:
+            state = state * ~reset[:, t, None, None, None]
+        out, state = delta_step(
+            q[:, t], k[:, t], v[:, t], log_decay[:, t], erase[:, t], write[:, t], state
+        )
+        outputs.append(out)
+    return torch.stack(outputs, 1), state
+
+
+def causal_taps(
+    x: Tensor, size: int, reset: Tensor | None = None, history: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """For each token the last `size` inputs, oldest first: [B, T, size, C], and the history.
+
+    Inputs before the document's start are zero. `history` is the last size - 1 inputs
+    [B, size - 1, C].
+    """
+    B, T, C = x.shape
+    past = x.new_zeros(B, size - 1, C) if history is None else history
+    taps = []
+    for t in range(T):
+        if reset is not None:
+            past = past * ~reset[:, t, None, None]
+        window = torch.cat([past, x[:, t : t + 1]], 1)
+        taps.append(window)
+        past = window[:, 1:]
+    return torch.stack(taps, 1), past
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    sinks: int,
+    rope_theta: float | None,
+    reset: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention over whole sequences, from an empty memory, by its definition.
+
+    q [B, T, H, K]; k, v [B, T, G, K]. A query sees itself, the window - 1 tokens before it and
+    the document's first `sinks` tokens; window None sees all. Distances are those within the
+    remembered set: a sink that has left the window keeps the distance it has in a full memory of
+    sinks + window tokens (StreamingLLM, Xiao et al. 2023, section 3.2). Returns [B, T, H, K].
+    """
+    B, T, H, K = q.shape
+    group = H // k.shape[2]
+    rows = []
+    for b in range(B):
+        start = 0
+        outputs = []
+        for t in range(T):
+            if reset is not None and bool(reset[b, t]):
+                start = t
+            position = t - start
+            reach = position + 1 if window is None else window
+            scores, values = [], []
+            for p in range(position + 1):
+                recent = position - p < reach
+                if not recent and p >= sinks:
+                    continue
+                at = position if recent else min(position, sinks + reach - 1)
+                query, key = q[b, t], k[b, start + p].repeat_interleave(group, 0)
+                if rope_theta is not None:
+                    query = rotate(query, torch.tensor(at), rope_theta)
+                    key = rotate(key, torch.tensor(p), rope_theta)
+                scores.append((query * key).sum(-1) * K**-0.5)
+                values.append(v[b, start + p].repeat_interleave(group, 0))
+            weights = torch.softmax(torch.stack(scores), 0)
+            outputs.append((weights[..., None] * torch.stack(values)).sum(0))
+        rows.append(torch.stack(outputs))
+    return torch.stack(rows)
+
+
+def lif(
+    x: Tensor,
+    v: Tensor,
+    *,
+    tau: float,
+    v_threshold: float,
+    hard_reset: bool,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Leaky integrate-and-fire on the token axis: x [B, T, C], membrane v [B, C].
+
+    v += (x - v) / tau; spike = [v >= v_threshold]; then v = 0 or v -= v_threshold where it fired.
+    Forward only: the gradient needs a surrogate (`neurons.lif`). Returns spikes and membrane.
+    """
+    spikes = []
+    for t in range(x.shape[1]):
+        if reset is not None:
+            v = v * ~reset[:, t, None]
+        v = v + (x[:, t] - v) / tau
+        fired = v >= v_threshold
+        v = torch.where(fired, torch.zeros_like(v) if hard_reset else v - v_threshold, v)
+        spikes.append(fired.to(x.dtype))
+    return torch.stack(spikes, 1), v

@@ -1,0 +1,1 @@
+"""Architectures: one file each, named as the `model_type` in config.json."""

@@ -1,0 +1,173 @@
+"""Token mixers: modules around the kernels, each `(x, state, context) -> (y, state)`.
+
+B sequences, T tokens, D width, H heads, G key/value heads, K key and V value channels per head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spikelm.config import ModelConfig
+from spikelm.kernels.attention import Memory, attention
+from spikelm.kernels.delta import delta_rule
+from spikelm.kernels.shift import causal_taps
+from spikelm.models.layers import Context, Projection, RMSNorm, widen
+from spikelm.neurons import Neuron
+from spikelm.state import LayerState
+
+
+class DeltaMixer(nn.Module):
+    """Gated delta rule with short convolutions, shared low-rank gates and an output gate.
+
+    One spike vector feeds q, k, v and the gates' bottleneck, so a silent channel skips one
+    contiguous weight row.
+    """
+
+    def __init__(self, name: str, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = c = config.delta
+        keys, values = c.num_heads * c.key_dim, c.num_heads * c.value_dim
+        self.qkv_sizes = [keys, keys, values]
+        decays = {"none": 0, "scalar": c.num_heads, "channel": keys}[c.decay]
+        rates = [keys, values] if c.gates == "split" else [c.num_heads]
+        self.gate_sizes = [decays, *rates, values]
+        self.input = Projection(
+            name, "mixer_input", config.width, sum(self.qkv_sizes) + c.gate_rank, config
+        )
+        self.gates = Projection(name, "gate_input", c.gate_rank, sum(self.gate_sizes), config)
+        self.gate_bias = nn.Parameter(torch.empty(sum(self.gate_sizes)))
+        self.conv = nn.Parameter(torch.empty(c.conv_size, sum(self.qkv_sizes)))
+        self.queries = Neuron(
+            f"{name}.queries", "queries_keys", c.key_dim, config.neurons.queries_keys
+        )
+        self.keys = Neuron(f"{name}.keys", "queries_keys", c.key_dim, config.neurons.queries_keys)
+        self.norm = RMSNorm(c.value_dim, config.norm_eps)
+        self.output = Projection(name, "mixer_output", values, config.width, config, init_scale=0.5)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.conv.zero_()
+        self.conv[-1] = 1.0
+        # Half-lives from a few tokens to a few hundred, spread over the channels.
+        decay, *rest = self.gate_bias.split(self.gate_sizes)
+        decay.copy_(torch.linspace(-6.0, -1.0, decay.numel()))
+        for bias in rest:
+            bias.zero_()
+
+    def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
+        c = self.config
+        return {
+            "S": like.new_zeros(batch_size, c.num_heads, c.key_dim, c.value_dim),
+            "conv": like.new_zeros(batch_size, c.conv_size - 1, sum(self.qkv_sizes)),
+            **self.input.zero_state(batch_size, like),
+            **self.gates.zero_state(batch_size, like),
+            **self.output.zero_state(batch_size, like),
+        }
+
+    def forward(self, x: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
+        c = self.config
+        projected, kept = self.input(x, state, context)
+        qkv, bottleneck = projected.split([sum(self.qkv_sizes), c.gate_rank], -1)
+        gates, kept_gates = self.gates(bottleneck, state, context)
+
+        taps, conv = causal_taps(qkv, c.conv_size, state["conv"].to(qkv.dtype), context.segment)
+        weights = self.conv.to(qkv.dtype)
+        mixed = torch.stack([tap * w for tap, w in zip(taps, weights, strict=True)]).sum(0)
+        q, k, v = F.silu(mixed).split(self.qkv_sizes, -1)
+        q = self._normalised(self.queries, q, context)
+        k = self._normalised(self.keys, k, context)
+        v = widen(v.unflatten(-1, (c.num_heads, c.value_dim)))
+
+        log_decay, erase, write, gate = self._gates(widen(gates))
+        with torch.autocast(x.device.type, enabled=False):
+            out, S = delta_rule(
+                q,
+                k,
+                v,
+                log_decay,
+                erase,
+                write,
+                state["S"],
+                context.segment,
+                decay_floor=c.decay_floor,
+            )
+        out = (self.norm(out) * gate).flatten(2)
+        y, kept_output = self.output(out, state, context)
+        return y, {
+            "S": S,
+            "conv": conv.to(state["conv"].dtype),
+            **kept,
+            **kept_gates,
+            **kept_output,
+        }
+
+    def _normalised(self, neuron: Neuron, x: Tensor, context: Context) -> Tensor:
+        """[B, T, H K] -> spiking vectors of unit length [B, T, H, K]."""
+        heads = widen(x.unflatten(-1, (self.config.num_heads, self.config.key_dim)))
+        spikes, _ = neuron(heads, {}, context.segment, context.probe)
+        return F.normalize(spikes.values, dim=-1)
+
+    def _gates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log_decay [B, T, H, K or 1], erase, write and output gate, from the gate logits."""
+        c = self.config
+        parts = (logits + self.gate_bias).split(self.gate_sizes, -1)
+        rates = [torch.sigmoid(part).unflatten(-1, (c.num_heads, -1)) for part in parts[1:]]
+        if c.decay == "none":
+            log_decay = torch.zeros_like(rates[0][..., :1])
+        else:
+            log_decay = c.decay_floor * torch.sigmoid(parts[0]).unflatten(-1, (c.num_heads, -1))
+        erase, write = (rates[0], rates[1]) if c.gates == "split" else (rates[0], rates[0])
+        return log_decay, erase, write, rates[-1]
+
+
+class AttentionMixer(nn.Module):
+    """Softmax attention over a window with sinks, or over all tokens (`window` None)."""
+
+    def __init__(self, name: str, config: ModelConfig, window: int | None) -> None:
+        super().__init__()
+        self.config = c = config.attention
+        self.window = window
+        self.sizes = [c.num_heads * c.head_dim] + [c.num_kv_heads * c.head_dim] * 2
+        self.input = Projection(name, "mixer_input", config.width, sum(self.sizes), config)
+        self.output = Projection(
+            name, "mixer_output", self.sizes[0], config.width, config, init_scale=0.5
+        )
+
+    def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
+        slots = 0 if self.window is None else self.window
+        sinks = 0 if self.window is None else self.config.sinks
+        heads, channels = self.config.num_kv_heads, self.config.head_dim
+        shapes = {"k": slots, "v": slots, "sink_k": sinks, "sink_v": sinks}
+        return {
+            **{n: like.new_zeros(batch_size, size, heads, channels) for n, size in shapes.items()},
+            **self.input.zero_state(batch_size, like),
+            **self.output.zero_state(batch_size, like),
+        }
+
+    def forward(self, x: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
+        c = self.config
+        projected, kept = self.input(x, state, context)
+        q, k, v = (p.unflatten(-1, (-1, c.head_dim)) for p in projected.split(self.sizes, -1))
+        memory = Memory(state["k"], state["v"], state["sink_k"], state["sink_v"])
+        out, memory = attention(
+            q,
+            k,
+            v,
+            memory,
+            context.position,
+            context.segment,
+            window=self.window,
+            rope_theta=c.rope_theta,
+        )
+        y, kept_output = self.output(out.flatten(2), state, context)
+        stored = {"k": memory.k, "v": memory.v, "sink_k": memory.sink_k, "sink_v": memory.sink_v}
+        return y, {**stored, **kept, **kept_output}
+
+
+def make_mixer(kind: str, name: str, config: ModelConfig) -> DeltaMixer | AttentionMixer:
+    """The mixer module `kind` ("delta", "window" or "full")."""
+    if kind == "delta":
+        return DeltaMixer(name, config)
+    return AttentionMixer(name, config, config.attention.window if kind == "window" else None)

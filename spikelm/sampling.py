@@ -1,0 +1,141 @@
+"""Logits -> next token: penalties, temperature, top-k, top-p, min-p, in this order.
+
+N is the vocabulary. Every request draws from a generator of its own, so its tokens depend on
+its seed and its logits, not on what else runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spikelm.errors import RequestError, SpikelmError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen; the defaults draw from the model's distribution as it is.
+
+    Raises: RequestError, with `param` the field's name, for a value out of range.
+    """
+
+    temperature: float = 1.0
+    """Divides the logits, 0 to 2; 0 takes the most likely token."""
+    top_k: int | None = None
+    """Keeps the k most likely tokens, at least 1; None keeps all."""
+    top_p: float = 1.0
+    """Keeps the fewest most likely tokens whose probabilities reach this sum, 0 to 1."""
+    min_p: float = 0.0
+    """Keeps tokens of at least this fraction of the highest probability, 0 to 1."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of prompt and generated tokens, 0.1 to 10.
+    Source: Keskar et al. 2019 (CTRL); prompt included as in transformers."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of generated tokens, -2 to 2 (OpenAI)."""
+    frequency_penalty: float = 0.0
+    """Subtracted once per occurrence among the generated tokens, -2 to 2 (OpenAI)."""
+    seed: int | None = None
+    """Fixes the draws, a signed 64-bit integer; None is a new seed each time."""
+    max_tokens: int = 256
+    """Generated tokens at most, at least 1."""
+
+    def __post_init__(self) -> None:
+        self._check_number("temperature", 0, 2)
+        self._check_number("top_p", 0, 1)
+        self._check_number("min_p", 0, 1)
+        self._check_number("repetition_penalty", 0.1, 10)
+        self._check_number("presence_penalty", -2, 2)
+        self._check_number("frequency_penalty", -2, 2)
+        self._check_integer("top_k", 1, optional=True)
+        self._check_integer("seed", -(2**63), optional=True)
+        self._check_integer("max_tokens", 1)
+
+    def _check_number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # NaN fails the comparison too.
+        if not number or not low <= value <= high:
+            self._refuse(name, f"a number from {low} to {high}")
+
+    def _check_integer(self, name: str, low: int, *, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        integer = isinstance(value, int) and not isinstance(value, bool)
+        if not integer or not low <= value < 2**63:
+            span = f"an integer from {low} to {2**63 - 1}"
+            self._refuse(name, span + (", or null" if optional else ""))
+
+    def _refuse(self, name: str, allowed: str) -> None:
+        given = f"{getattr(self, name)!r:.60}"
+        raise RequestError(f"{name}: {given} given; allowed: {allowed}", param=name)
+
+
+class Sampler:
+    """Chooses the tokens of one request and remembers those that penalties need."""
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
+        self.params = params
+        self._prompt_ids = list(prompt_ids)
+        self._generator = torch.Generator()
+        if params.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(params.seed)
+        self._counts: Tensor | None = None  # [N] generated tokens
+        self._seen: Tensor | None = None  # [N] prompt and generated tokens
+
+    def sample(self, logits: Tensor) -> int:
+        """The next token for logits [N], of any float dtype and device; they are not changed.
+
+        Raises: SpikelmError if a logit is NaN or infinite.
+        """
+        assert logits.dim() == 1, f"logits of one token expected, got {tuple(logits.shape)}"
+        scores = logits.detach().to("cpu", torch.float32)
+        if not bool(torch.isfinite(scores).all()):
+            bad = int((~torch.isfinite(scores)).sum())
+            raise SpikelmError(
+                f"{bad} of {scores.numel()} logits are NaN or infinite; the model's weights or "
+                "state are damaged, or its dtype overflows"
+            )
+        scores = self._penalise(scores)
+        greedy = self.params.temperature == 0
+        token = int(torch.argmax(scores)) if greedy else self._draw(scores)
+        if self._counts is not None and self._seen is not None:
+            self._counts[token] += 1
+            self._seen[token] = True
+        return token
+
+    def _penalise(self, scores: Tensor) -> Tensor:
+        params = self.params
+        penalties = (params.presence_penalty, params.frequency_penalty)
+        if params.repetition_penalty == 1 and penalties == (0, 0):
+            return scores
+        if self._counts is None or self._seen is None:
+            self._counts = torch.zeros_like(scores)
+            self._seen = torch.zeros_like(scores, dtype=torch.bool)
+            self._seen[self._prompt_ids] = True
+        factor = params.repetition_penalty
+        scaled = torch.where(scores > 0, scores / factor, scores * factor)
+        scores = torch.where(self._seen, scaled, scores)
+        scores = scores - params.frequency_penalty * self._counts
+        return scores - params.presence_penalty * (self._counts > 0)
+
+    def _draw(self, scores: Tensor) -> int:
+        params = self.params
+        # Sorted, every filter is a shorter prefix; ties keep the order of their ids.
+        ordered, ids = torch.sort(scores, descending=True, stable=True)
+        # Shifted, and never divided by a subnormal number: both keep exp() finite.
+        ordered = (ordered - ordered[0]) / max(params.temperature, 1e-30)
+        cumulative = torch.exp(ordered[: params.top_k]).double().cumsum(0)
+        kept = cumulative.numel()
+        if params.top_p < 1:
+            kept = int((cumulative < params.top_p * cumulative[-1]).sum()) + 1
+        if params.min_p > 0:
+            kept = min(kept, int((torch.exp(ordered) >= params.min_p).sum()))
+        uniform = torch.rand((), generator=self._generator, dtype=torch.float64)
+        place = torch.searchsorted(cumulative[:kept], uniform * cumulative[kept - 1], right=True)
+        return int(ids[min(int(place), kept - 1)])

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spikelm.config import DeltaConfig, FFNConfig, ModelConfig, NeuronConfig, NeuronsConfig
+from spikelm.models.spikelm import LanguageModel
+from spikelm.state import State
+from torch import Tensor
+
+Make = Callable[..., ModelConfig]
+LIF = NeuronConfig(kind="lif", v_threshold=0.3)
+VARIANTS: dict[str, dict[str, object]] = {
+    "flagship": {},
+    "dense": {"neurons": NeuronsConfig()},
+    "full": {"mixers": ("full", "delta")},
+    "lif": {"neurons": NeuronsConfig(mixer_input=LIF, ffn_hidden=LIF, head_input=LIF)},
+    "swiglu": {"ffn": FFNConfig(kind="swiglu", hidden_dim=24)},
+    "reglu": {"ffn": FFNConfig(kind="reglu", hidden_dim=24)},
+    "deltanet": {"delta": DeltaConfig(num_heads=2, key_dim=8, decay="none", gates="tied")},
+    "gated deltanet": {"delta": DeltaConfig(num_heads=2, key_dim=8, decay="scalar", gates="tied")},
+    "kda": {"delta": DeltaConfig(num_heads=2, key_dim=8, decay="channel", gates="tied")},
+}
+
+
+def build(config: ModelConfig) -> LanguageModel:
+    return LanguageModel(config).initialise(0).double().eval()
+
+
+def tokens(B: int, T: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 257, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def in_pieces(
+    model: LanguageModel, ids: Tensor, lengths: list[int], reset: Tensor | None = None
+) -> tuple[Tensor, State]:
+    state, outputs, start = None, [], 0
+    for length in lengths:
+        part = slice(start, start + length)
+        piece_reset = None if reset is None else reset[:, part]
+        logits, state = model(ids[:, part], state, reset=piece_reset)
+        outputs.append(logits)
+        start += length
+    assert state is not None
+    return torch.cat(outputs, 1), state
+
+
+def assert_same_state(a: State, b: State) -> None:
+    for x, y in zip(a.layers, b.layers, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            n = min(x[name].shape[1], y[name].shape[1])  # caches of `full` may be over-allocated
+            torch.testing.assert_close(x[name][:, :n], y[name][:, :n], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parallel_equals_recurrent(variant: str, tiny_config: Make) -> None:
+    model = build(tiny_config(**VARIANTS[variant]))
+    ids = tokens(2, 65)
+    whole, state = model(ids)
+    steps, stepped = in_pieces(model, ids, [1] * 65)
+    torch.testing.assert_close(steps, whole, rtol=1e-9, atol=1e-9)
+    assert_same_state(stepped, state)
+
+
+@settings(max_examples=15)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5), data=st.data())
+def test_any_split_of_packed_documents(
+    lengths: list[int], data: st.DataObject, tiny_config: Make
+) -> None:
+    model = build(tiny_config(**VARIANTS[data.draw(st.sampled_from(sorted(VARIANTS)))]))
+    ids = tokens(2, sum(lengths))
+    reset = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.1
+    whole, _ = model(ids, reset=reset)
+    pieces, _ = in_pieces(model, ids, lengths, reset)
+    torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+
+
+def test_packed_documents_equal_separate_ones(tiny_config: Make) -> None:
+    model = build(tiny_config())
+    ids, reset = tokens(1, 50), torch.zeros(1, 50, dtype=torch.bool)
+    reset[0, [0, 13, 14]] = True
+    packed, state = model(ids, reset=reset)
+    alone = [model(part)[0] for part in ids.split([13, 1, 36], 1)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-9, atol=1e-9)
+    assert state.position.item() == 36
+
+
+def test_gradients_flow_through_a_carried_state(tiny_config: Make) -> None:
+    """Two pieces with the state between them give the gradients of one."""
+    model = build(tiny_config(neurons=NeuronsConfig()))
+    ids = tokens(1, 40)
+    weights = torch.randn(1, 40, 257, dtype=torch.float64)
+    grads = []
+    for lengths in ([40], [17, 23]):
+        logits, _ = in_pieces(model, ids, lengths)
+        model.zero_grad()
+        (logits * weights).sum().backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) == len(list(model.parameters()))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_later_tokens_never_change_earlier_logits(tiny_config: Make) -> None:
+    model = build(tiny_config())
+    ids = tokens(1, 40)
+    changed = ids.clone()
+    changed[0, 25:] = (changed[0, 25:] + 1) % 257
+    assert torch.equal(model(ids)[0][:, :25], model(changed)[0][:, :25])
+    assert not torch.equal(model(ids)[0][:, 25:], model(changed)[0][:, 25:])
+
+
+def test_state_size_does_not_depend_on_the_length(tiny_config: Make) -> None:
+    model = LanguageModel(tiny_config()).initialise(0).eval()
+    _, ten = model(tokens(1, 10))
+    _, more = model(tokens(1, 1000), ten)
+    assert ten.nbytes == more.nbytes == model.zero_state(1).nbytes
+
+
+def test_last_only_is_the_last_row(tiny_config: Make) -> None:
+    for variant in ("flagship", "lif"):
+        model = build(tiny_config(**VARIANTS[variant]))
+        full, _ = model(tokens(2, 20))
+        torch.testing.assert_close(model(tokens(2, 20), last_only=True)[0], full[:, -1:])
+
+
+def test_dense_twin_has_the_same_shapes_and_no_spikes(tiny_config: Make) -> None:
+    config = tiny_config()
+    spiking, dense = LanguageModel(config), LanguageModel(config.dense_twin())
+    extra = set(spiking.state_dict()) - set(dense.state_dict())
+    assert {name.rsplit(".", 1)[1] for name in extra} == {"k", "dead_zone"}
+    assert all(neuron.config.kind == "off" for neuron in dense.neurons())
+
+
+def test_every_neuron_has_its_own_name(tiny_config: Make) -> None:
+    names = [neuron.name for neuron in LanguageModel(tiny_config()).neurons()]
+    assert len(set(names)) == len(names)
+    assert "head_input" in names
+
+
+def test_tied_embeddings_are_one_tensor(tiny_config: Make) -> None:
+    model = LanguageModel(tiny_config(tie_embeddings=True))
+    assert model.head.linear.weight is model.embedding.weight
+
+
+def test_learned_thresholds_get_gradients(tiny_config: Make) -> None:
+    learned = NeuronConfig(kind="integer", k=2.0, dead_zone=0.4, max_count=7, learn=True)
+    config = tiny_config(neurons=NeuronsConfig(ffn_input=learned))
+    model = LanguageModel(config).initialise(0)
+    logits, _ = model(tokens(2, 30))
+    logits.square().sum().backward()
+    for neuron in model.neurons():
+        if neuron.config.kind == "integer":
+            assert neuron.k.grad is not None
+            assert neuron.k.grad.abs() > 0
+            assert neuron.dead_zone.grad is not None
+            assert neuron.dead_zone.grad.abs().sum() > 0
+
+
+def test_seeds_decide_the_weights(tiny_config: Make) -> None:
+    config = dataclasses.replace(tiny_config())
+    first, again, other = (LanguageModel(config).initialise(s) for s in (1, 1, 2))
+    assert torch.equal(first.embedding.weight, again.embedding.weight)
+    assert not torch.equal(first.embedding.weight, other.embedding.weight)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from spikelm.neurons.integer import DEAD_ZONE_BAND, integer_counts, integer_spike
+from torch import Tensor
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor([values], dtype=torch.float64)
+
+
+K3, NO_ZONE = torch.tensor(3.0, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+
+
+def test_counts_by_hand() -> None:
+    # mean |x| = 1.5, so v_threshold = 0.5 with k = 3; 0.25 / 0.5 ties to the even 0.
+    x = tensor(0.25, -0.75, 1.0, -4.0)
+    counts, v = integer_counts(x, K3, NO_ZONE, None, False)
+    assert v.item() == 0.5
+    assert counts.tolist() == [[0, -2, 2, -8]]
+    assert integer_counts(x, K3, NO_ZONE, 1, False)[0].tolist() == [[0, -1, 1, -1]]
+    assert integer_counts(x, K3, NO_ZONE, None, True)[0].tolist() == [[0, 0, 2, 0]]
+    half = torch.full((4,), 0.5, dtype=torch.float64)
+    assert integer_counts(x, K3, half, 7, False)[0].tolist() == [[0, 0, 2, -7]]
+
+
+@given(seed=st.integers(0, 999), k=st.floats(0.3, 20), zone=st.floats(0, 2))
+def test_counts_are_integers_in_range_and_silent_in_the_dead_zone(
+    seed: int, k: float, zone: float
+) -> None:
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(seed)) * 10
+    counts, v = integer_counts(x, torch.tensor(k), torch.tensor(zone), 9, False)
+    assert torch.equal(counts, counts.round())
+    assert counts.abs().max() <= 9
+    assert (counts[x.abs() <= zone * x.abs().mean(-1, keepdim=True)] == 0).all()
+    assert (counts * x >= 0).all()
+    scaled, _ = integer_counts(x * 4, torch.tensor(k), torch.tensor(zone), 9, False)
+    assert torch.equal(scaled, counts), "the threshold adapts to the token's scale"
+
+
+def test_zero_input_stays_silent() -> None:
+    counts, v = integer_counts(torch.zeros(2, 3), torch.tensor(3.0), torch.zeros(3), None, False)
+    assert not counts.any()
+    assert (v == 1e-5).all()
+
+
+def test_gradient_to_x_is_straight_through_inside_the_clip() -> None:
+    x = tensor(0.25, -0.75, 1.0, -4.0).requires_grad_()
+    zone = torch.full((4,), 0.1, dtype=torch.float64)
+    values, counts, v = integer_spike(x, K3, zone, 7, False)
+    assert torch.equal(values, counts * v)
+    values.backward(tensor(1.0, 2.0, 3.0, 4.0))
+    assert x.grad is not None
+    assert x.grad.tolist() == [[1.0, 2.0, 3.0, 0.0]]
+    x.grad = None
+    integer_spike(x, K3, zone, None, True)[0].backward(tensor(1.0, 2.0, 3.0, 4.0))
+    assert x.grad.tolist() == [[1.0, 0.0, 3.0, 0.0]]
+
+
+def test_gradient_to_k_is_that_of_a_learned_step() -> None:
+    x = tensor(0.25, -0.75, 1.05, -4.0)
+    k = K3.clone().requires_grad_()
+    integer_spike(x, k, NO_ZONE, 7, False)[0].backward(tensor(1.0, 1.0, 1.0, 1.0))
+    v = x.abs().mean().item() / 3
+    counts, _ = integer_counts(x, K3, NO_ZONE, 7, False)
+    # d value / d v: count - x / v for the two counted entries, -7 for the clipped one.
+    per_v = sum(c - xi / v for c, xi in ((-1, -0.75), (2, 1.05))) - 7
+    assert counts.tolist() == [[0, -1, 2, -7]]
+    torch.testing.assert_close(k.grad, torch.tensor(per_v * -v / 3, dtype=torch.float64))
+
+
+def test_gradient_to_the_dead_zone_sees_a_band_around_its_edge() -> None:
+    x = tensor(1.0, 1.0, -1.04, 0.96)  # mean 1, so the edge is at the zone itself
+    zone = torch.tensor([0.5, 1.02, 1.0, 0.97], dtype=torch.float64, requires_grad=True)
+    integer_spike(x, K3, zone, None, False)[0].backward(torch.ones_like(x))
+    assert zone.grad is not None
+    expected = [0.0, -1.0 / DEAD_ZONE_BAND, 1.04 / DEAD_ZONE_BAND, -0.96 / DEAD_ZONE_BAND]
+    torch.testing.assert_close(zone.grad, torch.tensor(expected, dtype=torch.float64))

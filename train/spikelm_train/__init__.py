@@ -1,0 +1,1 @@
+"""Pretraining on Accelerate: recipes, data, optimisers, the loop, checkpoints that resume."""

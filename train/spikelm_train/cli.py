@@ -1,0 +1,118 @@
+"""`spikelm train`: run a recipe, continue it, or show what it would do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spikelm.config import ModelConfig, to_dict
+from spikelm_train.config import TrainConfig, load_recipe
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spikelm train",
+        description="Train a model from a recipe. The same command again continues an "
+        "interrupted run; Ctrl-C stops after the current step and saves.",
+        epilog="Several processes: torchrun --nproc_per_node N -m spikelm_train RECIPE --out DIR "
+        "(or `accelerate launch -m spikelm_train ...` on GPUs).",
+    )
+    parser.add_argument("recipe", help="a YAML file, or the name of one in configs/train/")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the run and its model")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of the recipe, for example optim.lr=1e-3 or model.width=128",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SRC",
+        help="files, globs (.txt .md .jsonl .parquet, packed or not) or Hugging Face dataset "
+        "names, instead of the recipe's sources",
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete an earlier run in DIR and start over"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the resolved recipe and its cost; write nothing",
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    arguments = build_parser().parse_args(argv)
+    config = load_recipe(arguments.recipe, arguments.set, arguments.data)
+    if arguments.dry_run:
+        print(describe(config))
+        return 0
+    from spikelm_train.loop import train
+
+    return train(config, arguments.out, fresh=arguments.fresh, stream=sys.stdout)
+
+
+def describe(config: TrainConfig) -> str:
+    """The resolved recipe, the size of its model, its schedule and an estimate of its memory.
+
+    Raises: DataError if its sources do not begin with a readable text.
+    """
+    from spikelm_train.loop import resolve_precision
+    from spikelm_train.optim import lr_factor
+
+    if config.data.sources:
+        from spikelm.corpus import read_documents
+
+        next(read_documents(config.data.sources, text_key=config.data.text_key))
+    parameters = count_parameters(config.model)
+    precision = resolve_precision(config.precision)
+    micro_tokens = config.micro_batch_size * config.data.sequence_length
+    tokens = micro_tokens * config.grad_accum_steps
+    marks = sorted({0.0, config.optim.warmup_fraction, 0.5, 0.9, 1.0})
+    rates = ", ".join(
+        f"{config.optim.lr * lr_factor(config.optim, mark):.2g} at {mark:.0%}" for mark in marks
+    )
+    megabytes = estimate_bytes(config, parameters, precision) / 1e6
+    budget = "" if config.max_seconds is None else f" or {config.max_seconds:g} s"
+    numbers: dict[str, Any] = {
+        "parameters": f"{parameters:,}",
+        "tokens per step": f"{tokens:,} per process",
+        "length": f"{config.steps:,} steps{budget}, at most {config.steps * tokens:,} tokens",
+        "learning rate": rates,
+        "precision": precision,
+        "memory": f"about {megabytes:,.0f} MB per process",
+    }
+    lines = [f"{name + ':':17}{value}" for name, value in numbers.items()]
+    return yaml.safe_dump(to_dict(config), sort_keys=False) + "\n" + "\n".join(lines)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of the model, a tied head counted once."""
+    import torch
+
+    from spikelm.models.spikelm import LanguageModel
+
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in LanguageModel(config).parameters())
+
+
+def estimate_bytes(config: TrainConfig, parameters: int, precision: str) -> int:
+    """A rough estimate of a process's peak memory for tensors.
+
+    Parameters, gradients and two moments in float32; per token and layer some 24 D + 6 F kept
+    values, and three copies of the logits in float32.
+    """
+    model = config.model
+    tokens = config.micro_batch_size * config.data.sequence_length
+    width = 2 if precision == "bf16" else 4
+    kept = model.num_layers * (24 * model.width + 6 * model.ffn.hidden_dim) * width
+    return 16 * parameters + tokens * (kept + 12 * model.vocab_size)

@@ -1,0 +1,246 @@
+"""The recipe of a training run, read from `configs/train/` or a path. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from spikelm.config import (
+    ModelConfig,
+    NeuronConfig,
+    find_config,
+    from_dict,
+    load_yaml,
+    override,
+)
+from spikelm.errors import ConfigError
+
+BYTE_VOCABULARY = 257
+
+
+def _require(ok: bool, name: str, given: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}: {given!r} given; allowed: {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerConfig:
+    """The tokenizer, trained on the run's own training text."""
+
+    kind: Literal["bpe", "bytes"] = "bpe"
+    """bpe: byte-level pairs; bytes: one token per byte, always 257 entries."""
+    vocab_size: int = 1024
+    """Entries N of the bpe vocabulary, the document separator included."""
+
+    def __post_init__(self) -> None:
+        least = f"an integer >= {BYTE_VOCABULARY}"
+        _require(self.vocab_size >= BYTE_VOCABULARY, "vocab_size", self.vocab_size, least)
+
+    @property
+    def size(self) -> int:
+        """Entries N of the vocabulary."""
+        return BYTE_VOCABULARY if self.kind == "bytes" else self.vocab_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What text is read and how it is cut into sequences."""
+
+    sources: tuple[str, ...] = ()
+    """Files, globs and dataset names; empty is the built-in corpus."""
+    text_key: str = "text"
+    """The field of a table's row that holds the text."""
+    max_documents: int | None = None
+    """Stop reading `sources` after this many documents; null reads all."""
+    max_bytes: int | None = None
+    """Stop reading `sources` after this much text in bytes; null reads all."""
+    validation_fraction: float = 0.02
+    """Part of the text of `sources` held out (the built-in corpus has its own division)."""
+    sampling: Literal["random_window", "packed"] = "random_window"
+    """random_window: windows anywhere; packed: every document once per epoch, back to back."""
+    sequence_length: int = 256
+    """Tokens T per sequence."""
+
+    def __post_init__(self) -> None:
+        fraction = self.validation_fraction
+        _require(0 < fraction < 1, "validation_fraction", fraction, "0 < f < 1")
+        _require(self.sequence_length >= 1, "sequence_length", self.sequence_length, ">= 1")
+        for name in ("max_documents", "max_bytes"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "an integer >= 1, or null")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimiser and schedule; the fractions are of the whole run."""
+
+    name: Literal["adamw", "spam"] = "adamw"
+    """adamw; spam: Adam with spike clipping and momentum resets."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    betas: tuple[float, ...] = (0.9, 0.95)
+    """Decay per step of the first and of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; embeddings, vectors and neurons have none."""
+    grad_clip: float | None = 1.0
+    """Largest gradient norm; null does not clip."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine; wsd: warm-up, stable, linear decay; constant after the warm-up."""
+    warmup_fraction: float = 0.03
+    """Part of the run in which the rate rises linearly from 0."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the end of cosine and wsd, as a fraction of `lr`."""
+    wsd_decay_fraction: float = 0.2
+    """Last part of the run, in which wsd decays."""
+    spam_threshold: float = 5000.0
+    """Gradients g with g^2 above this many second moments are clipped to it."""
+    spam_clip_after: int = 20
+    """Steps after the start or a reset before spam clips."""
+    spam_reset_every: int = 500
+    """Steps between resets of the moments."""
+    spam_warmup_steps: int = 150
+    """Steps over which the updates come back after a reset."""
+    spam_density: float = 1.0
+    """Part of the entries of each matrix that spam updates between two resets."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, "lr", self.lr, "a number > 0")
+        ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        _require(ok, "betas", list(self.betas), "two numbers, 0 <= beta < 1")
+        _require(self.eps > 0, "eps", self.eps, "a number > 0")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
+        if self.grad_clip is not None:
+            _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "a number > 0, or null")
+        for name in ("warmup_fraction", "final_lr_fraction", "wsd_decay_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, name, value, "0 to 1")
+        if self.schedule == "wsd" and self.warmup_fraction + self.wsd_decay_fraction > 1:
+            raise ConfigError("warmup_fraction + wsd_decay_fraction exceed 1; lower one of them")
+        _require(self.spam_threshold > 0, "spam_threshold", self.spam_threshold, "a number > 0")
+        _require(0 < self.spam_density <= 1, "spam_density", self.spam_density, "0 < d <= 1")
+        for name, least in (("spam_clip_after", 0), ("spam_reset_every", 1)):
+            value = getattr(self, name)
+            _require(value >= least, name, value, f"an integer >= {least}")
+        steps = self.spam_warmup_steps
+        _require(steps >= 1, "spam_warmup_steps", steps, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A complete run."""
+
+    model: ModelConfig
+    """The model; in a recipe also the name of a preset in `configs/models/`."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Text to ids; the model's vocabulary follows it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Text, and how it is cut."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+    micro_batch_size: int = 16
+    """Sequences per device and forward."""
+    grad_accum_steps: int = 1
+    """Forwards per optimiser step."""
+    steps: int = 1000
+    """Optimiser steps at most."""
+    max_seconds: float | None = None
+    """Wall-clock budget of the loop; null is none. The schedule follows what ends first."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Matrix products in bfloat16 (autocast) or float32; auto: bf16 where it pays."""
+    seed: int = 0
+    """Fixes the initial weights and the order of the data."""
+    l1_hidden: float = 0.0
+    """Weight of sum_c |h_c| of the FFN's hidden vector, mean over tokens and layers (nats)."""
+    silence_rate: float = 0.2
+    """Gain per step of the rule that steers dead zones to `target_silence`."""
+    log_every: int = 10
+    """Steps between progress lines."""
+    eval_every: int = 250
+    """Steps between validations; 0 validates only at the end."""
+    eval_tokens: int = 32768
+    """Validation tokens used, at most."""
+    save_every: int = 500
+    """Steps between checkpoints; 0 saves only at the end and when interrupted."""
+    sample_every: int = 0
+    """Steps between samples of text; 0 shows none."""
+    sample_prompt: str = ""
+    """The text a sample continues."""
+    sample_tokens: int = 64
+    """Tokens of a sample."""
+
+    def __post_init__(self) -> None:
+        if self.model.vocab_size != self.tokenizer.size:
+            raise ConfigError(
+                f"model.vocab_size {self.model.vocab_size} contradicts the "
+                f"{self.tokenizer.kind} tokenizer's {self.tokenizer.size} entries; drop "
+                "model.vocab_size (it follows tokenizer.vocab_size) or make them equal"
+            )
+        for name in (
+            "micro_batch_size",
+            "grad_accum_steps",
+            "steps",
+            "log_every",
+            "eval_tokens",
+            "sample_tokens",
+        ):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        for name in ("eval_every", "save_every", "sample_every", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "an integer >= 0")
+        for name in ("l1_hidden", "silence_rate"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
+        seconds = self.max_seconds
+        ok = seconds is None or (seconds > 0 and math.isfinite(seconds))
+        _require(ok, "max_seconds", seconds, "a number > 0, or null")
+        for spec in fields(self.model.neurons):
+            neuron: NeuronConfig = getattr(self.model.neurons, spec.name)
+            if neuron.target_silence is not None and neuron.dead_zone == 0:
+                raise ConfigError(
+                    f"model.neurons.{spec.name}.dead_zone: 0 given; allowed: > 0 where "
+                    "target_silence is set (it is steered by factors), for example 0.5"
+                )
+
+    def progress(self, steps: float, seconds: float) -> float:
+        """How much of the run is over, 0 to 1, after `steps` and `seconds`."""
+        by_time = seconds / self.max_seconds if self.max_seconds is not None else 0.0
+        return min(1.0, max(steps / self.steps, by_time))
+
+
+def load_recipe(
+    name: str, assignments: Sequence[str] = (), sources: Sequence[str] = ()
+) -> TrainConfig:
+    """A recipe by name or path, `key=value` assignments (from the model inwards) applied.
+
+    `model:` may name a preset; the result holds its whole mapping, with the vocabulary of the
+    tokenizer unless it is given. `sources` replace `data.sources`.
+
+    Raises: ConfigError naming the key and the way out.
+    """
+    data = load_yaml(find_config("train", name))
+    presets = [a for a in assignments if a.partition("=")[0] == "model"]
+    data = override(data, presets)
+    if isinstance(data.get("model"), str):
+        data["model"] = load_yaml(find_config("models", data["model"]))
+    data = override(data, [a for a in assignments if a not in presets])
+    if sources:
+        given = data.get("data") or {}
+        data["data"] = {**given, "sources": list(sources)} if isinstance(given, dict) else given
+    if isinstance(data.get("model"), dict):
+        tokenizer = from_dict(TokenizerConfig, data.get("tokenizer", {}), "tokenizer")
+        data["model"].setdefault("vocab_size", tokenizer.size)
+    return from_dict(TrainConfig, data)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:
+    """Dotted names of the keys in which two configurations differ."""
+    names = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            names.append(f"{where}{key}")
+    return names

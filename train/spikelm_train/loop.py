@@ -1,0 +1,360 @@
+"""The training step and the loop around it; the only file that imports accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spikelm import checkpoint
+from spikelm.doctor import cpu_flags
+from spikelm.errors import ConfigError, MissingExtraError, SpikelmError
+from spikelm.generate import Engine, stream_text
+from spikelm.models.spikelm import LanguageModel
+from spikelm.sampling import SamplingParams
+from spikelm_train import resume
+from spikelm_train.config import TrainConfig
+from spikelm_train.data import Batch, Corpus, make_batch, make_sampler, prepare, validation_rows
+from spikelm_train.optim import lr_factor, make_optimizer
+from spikelm_train.report import Reporter
+from spikelm_train.silence import Silence
+
+# The L1 term grows to its weight over this part of the run.
+L1_RAMP = 0.1
+
+
+def resolve_precision(wanted: Literal["auto", "bf16", "fp32"]) -> Literal["bf16", "fp32"]:
+    """What `auto` means on this machine: bf16 where its matrix products are native."""
+    if wanted != "auto":
+        return wanted
+    flags = cpu_flags()
+    cuda = torch.cuda.is_available()
+    pays = torch.cuda.is_bf16_supported() if cuda else flags["avx512_bf16"] or flags["amx"]
+    return "bf16" if pays else "fp32"
+
+
+def make_accelerator(config: TrainConfig) -> Any:
+    """The launcher's view of this process. Raises: ConfigError if ranks do not see each other."""
+    try:
+        from accelerate.accelerator import Accelerator
+    except ImportError:
+        raise MissingExtraError("accelerate", "train") from None
+    precision = {"bf16": "bf16", "fp32": "no"}[resolve_precision(config.precision)]
+    # Without cpu=True every rank of a CPU launch believes it is alone (accelerate 1.15).
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"{launched} processes were launched but accelerate sees {accelerator.num_processes}; "
+            "on CPU start them with torchrun --nproc_per_node N -m spikelm_train"
+        )
+    return accelerator
+
+
+def train(config: TrainConfig, out: Path, *, fresh: bool, stream: TextIO) -> int:
+    """Runs or continues a recipe in the folder `out`; returns the exit status.
+
+    0 when the trained model is in `out`; 130 or 143 when SIGINT or SIGTERM ended the run after a
+    checkpoint.
+
+    Raises: ConfigError, DataError for input that cannot be used; SpikelmError if the loss stops
+    being finite.
+    """
+    accelerator = make_accelerator(config)
+    is_main: bool = accelerator.is_main_process
+    with accelerator.main_process_first():
+        position = resume.claim(
+            out, config, fresh=fresh and is_main, num_processes=accelerator.num_processes
+        )
+        if position and position.finished and (out / checkpoint.WEIGHTS).is_file():
+            if is_main:
+                stream.write(
+                    f"{out} is finished after {position.step} steps; --fresh starts it over\n"
+                )
+            return 0
+        corpus = prepare(config, out / "data")
+    reporter = Reporter(out, stream, position.step if position else 0) if is_main else None
+    try:
+        trainer = Trainer(config, out, corpus, accelerator, reporter)
+        if position:
+            trainer.load(position)
+        return trainer.run()
+    finally:
+        if reporter:
+            reporter.close()
+
+
+class Trainer:
+    """One process's part of a run: model, optimiser, and the position in the run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        corpus: Corpus,
+        accelerator: Any,
+        reporter: Reporter | None,
+    ) -> None:
+        if accelerator.device.type == "cpu":
+            # Strong decays leave denormals in the states, which cost a quarter of the speed.
+            torch.set_flush_denormal(True)
+        self.config = config
+        self.out = out
+        self.corpus = corpus
+        self.accelerator = accelerator
+        self.reporter = reporter
+        self.module = LanguageModel(config.model).initialise(config.seed)
+        self.model, self.optimizer = accelerator.prepare(
+            self.module, make_optimizer(self.module, config.optim)
+        )
+        self.silence = Silence(self.module.neurons(), config.silence_rate)
+        self.silence.penalise = config.l1_hidden > 0
+        rows = config.micro_batch_size * config.grad_accum_steps * accelerator.num_processes
+        self.sampler = make_sampler(config, corpus, rows)
+        self.tokens_per_step = rows * config.data.sequence_length
+        train = corpus.train
+        self.bits_per_byte = len(train.tokens) / train.num_bytes / math.log(2)
+        """Factor from nats per training token to bits per byte."""
+        self.step = 0
+        self._seconds_before = 0.0
+        self._began = time.perf_counter()
+
+    def run(self) -> int:
+        """Trains to the end of the run, or to a signal; returns the exit status."""
+        interruption = resume.Interruption()
+        with interruption.listening():
+            self._introduce()
+            busy, busy_from = 0.0, self.step
+            while True:
+                seconds, signum = self._agree(interruption.signum)
+                progress = self.config.progress(self.step, seconds)
+                if progress >= 1:
+                    break
+                if signum:
+                    self.save(seconds)
+                    self._say(
+                        f"stopped after step {self.step}; run the same command again to continue"
+                    )
+                    return 128 + signum
+                began = time.perf_counter()
+                record = self.advance(seconds)
+                busy += time.perf_counter() - began
+                if record is not None:
+                    speed = (self.step - busy_from) * self.tokens_per_step / busy
+                    if self.reporter:
+                        self.reporter.progress({**record, "tokens_per_second": speed})
+                    busy, busy_from = 0.0, self.step
+                self._occasionally(seconds)
+            self._finish(seconds)
+        return 0
+
+    def advance(self, seconds: float) -> dict[str, Any] | None:
+        """One optimiser step `seconds` into the run; its measurements if it is to be logged.
+
+        Raises: SpikelmError if the loss or its gradient is not finite; nothing is updated then.
+        """
+        config, silence = self.config, self.silence
+        # Half a step ahead, so that the warm-up's first step is not wasted at rate 0.
+        progress = config.progress(self.step + 0.5, seconds)
+        lr = config.optim.lr * lr_factor(config.optim, progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        logged = (self.step + 1) % config.log_every == 0 or self.step == 0
+        silence.clear()
+        silence.measure_all = logged
+        loss = self._accumulate(progress)
+        norm = self.accelerator.clip_grad_norm_(
+            self.module.parameters(), config.optim.grad_clip or math.inf
+        )
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise SpikelmError(self._diverged(loss, float(norm)))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        counts = self.accelerator.reduce(silence.counts(), "sum")
+        silence.steer(counts)
+        self.step += 1
+        if not logged:
+            return None
+        total, classes = silence.fractions(counts)
+        return {
+            "step": self.step,
+            "progress": config.progress(self.step, seconds),
+            "seconds": seconds,
+            "loss": loss,
+            "bits_per_byte": loss * self.bits_per_byte,
+            "lr": lr,
+            "gradient_norm": float(norm),
+            "silent_fraction": total,
+            "silent": classes,
+        }
+
+    def _accumulate(self, progress: float) -> float:
+        """Gradients of the step's global batch; its mean loss in nats per token."""
+        size, parts = self.config.micro_batch_size, self.config.grad_accum_steps
+        accelerator = self.accelerator
+        total = torch.zeros((), device=accelerator.device)
+        for part in range(parts):
+            start = (part * accelerator.num_processes + accelerator.process_index) * size
+            batch = self._batch(self.sampler.rows(self.step, start, start + size))
+            more = part < parts - 1
+            with accelerator.no_sync(self.model) if more else contextlib.nullcontext():
+                logits, _ = self.model(batch.inputs, reset=batch.reset, probe=self.silence)
+                loss = cross_entropy(logits, batch.targets).mean()
+                objective = loss
+                if self.silence.penalise:
+                    weight = self.config.l1_hidden * min(1.0, progress / L1_RAMP)
+                    objective = loss + weight * self.silence.take_l1()
+                accelerator.backward(objective / parts)
+            total += loss.detach() / parts
+        return float(accelerator.reduce(total, "mean"))
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float]:
+        """(nats per token, bits per byte) of held-out text; separators are not predicted.
+
+        Every window starts from an empty state, so this is an upper bound of what `spikelm eval`
+        finds on the same text.
+        """
+        config, tokenizer = self.config, self.corpus.tokenizer
+        tokens = self.corpus.validation.tokens
+        rows = validation_rows(tokens, config.data.sequence_length, config.eval_tokens)
+        accelerator, size = self.accelerator, config.micro_batch_size
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        for start in range(rank * size, len(rows), ranks * size):
+            batch = self._batch(rows[start : start + size])
+            logits, _ = self.module(batch.inputs, reset=batch.reset)
+            text = batch.targets != tokenizer.eos_id
+            nats = cross_entropy(logits, batch.targets)[text.flatten()].double().sum()
+            num_bytes = len(tokenizer.decode_bytes(batch.targets.flatten().tolist()))
+            sums += torch.stack([nats, text.sum(), nats.new_tensor(num_bytes)])
+        nats, num_tokens, num_bytes = accelerator.reduce(sums, "sum").tolist()
+        return nats / num_tokens, nats / num_bytes / math.log(2)
+
+    def sample(self) -> str:
+        """A continuation of the recipe's prompt by a copy of the model on the CPU, in fp32."""
+        config, tokenizer = self.config, self.corpus.tokenizer
+        with torch.device("meta"):
+            copy = LanguageModel(config.model)
+        state = {name: tensor.float().cpu() for name, tensor in self.module.state_dict().items()}
+        copy.load_state_dict(state, assign=True)
+        copy.tie_weights()
+        engine = Engine(checkpoint.Checkpoint(self.out, copy.eval(), tokenizer, None))
+        params = SamplingParams(
+            temperature=0.8, top_p=0.95, seed=config.seed, max_tokens=config.sample_tokens
+        )
+        prompt = [tokenizer.eos_id, *tokenizer.encode(config.sample_prompt)]
+        return config.sample_prompt + "".join(c.text for c in stream_text(engine, prompt, params))
+
+    def save(self, seconds: float, *, finished: bool = False) -> None:
+        """Writes the checkpoint to continue from, and the loss curve."""
+        accelerator = self.accelerator
+        position = resume.Position(
+            step=self.step,
+            seconds=seconds,
+            num_processes=accelerator.num_processes,
+            finished=finished,
+        )
+        resume.replace(
+            self.out,
+            position,
+            accelerator.save_state,
+            is_main=accelerator.is_main_process,
+            wait=accelerator.wait_for_everyone,
+        )
+        if self.reporter:
+            self.reporter.draw()
+
+    def load(self, position: resume.Position) -> None:
+        """Continues from the run's checkpoint, bit for bit on the CPU."""
+        found = resume.find(self.out)
+        try:
+            self.accelerator.load_state(str(found))
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise SpikelmError(
+                f"{found} is damaged ({' '.join(str(error).split()):.200}); start over with --fresh"
+            ) from None
+        self.step, self._seconds_before = position.step, position.seconds
+
+    def _batch(self, rows: Any) -> Batch:
+        batch = make_batch(rows, self.corpus.tokenizer.eos_id)
+        return Batch(*(tensor.to(self.accelerator.device) for tensor in batch))
+
+    def _agree(self, signum: int) -> tuple[float, int]:
+        """Seconds in the loop and pending signal, the largest of all processes."""
+        seconds = self._seconds_before + time.perf_counter() - self._began
+        accelerator = self.accelerator
+        if accelerator.num_processes == 1:
+            return seconds, signum
+        mine = torch.tensor([[seconds, signum]], dtype=torch.float64).to(accelerator.device)
+        seconds, largest = accelerator.gather(mine).amax(0).tolist()
+        return seconds, int(largest)
+
+    def _occasionally(self, seconds: float) -> None:
+        config, reporter = self.config, self.reporter
+        if config.eval_every and self.step % config.eval_every == 0:
+            self._report_validation()
+        if reporter and config.sample_every and self.step % config.sample_every == 0:
+            reporter.say(f"sample at step {self.step}: {self.sample()!r}")
+        if config.save_every and self.step % config.save_every == 0:
+            self.save(seconds)
+
+    def _report_validation(self) -> None:
+        loss, bits = self.validate()
+        if self.reporter:
+            record = {
+                "step": self.step,
+                "validation_loss": loss,
+                "validation_bits_per_byte": bits,
+            }
+            self.reporter.record(record)
+            self.reporter.say(
+                f"validation at step {self.step}: loss {loss:.3f}  {bits:.3f} bits/byte"
+            )
+
+    def _finish(self, seconds: float) -> None:
+        self._report_validation()
+        if self.reporter:
+            if self.config.sample_every:
+                self.reporter.say(f"sample: {self.sample()!r}")
+            checkpoint.save(self.out, self.module, self.corpus.tokenizer)
+        self.save(seconds, finished=True)
+        self._say(f"finished after {self.step} steps, {seconds:.0f} s; the model is in {self.out}")
+
+    def _introduce(self) -> None:
+        corpus, accelerator = self.corpus, self.accelerator
+        parameters = sum(p.numel() for p in self.module.parameters())
+        self._say(
+            f"{parameters:,} parameters, {len(corpus.train.tokens):,} training tokens "
+            f"({corpus.train.num_bytes:,} bytes), {self.tokens_per_step:,} tokens per step, "
+            f"{accelerator.num_processes} x {accelerator.device.type}, "
+            f"{resolve_precision(self.config.precision)}"
+            + (f"; continuing after step {self.step}" if self.step else "")
+        )
+
+    def _say(self, text: str) -> None:
+        if self.reporter:
+            self.reporter.say(text)
+
+    def _diverged(self, loss: float, norm: float) -> str:
+        found = resume.find(self.out)
+        kept = "no checkpoint was written yet"
+        if found is not None:
+            kept = f"the checkpoint of step {resume.read_position(found).step} is kept"
+        return (
+            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; {kept}. Try --fresh with a "
+            "lower optim.lr, a longer optim.warmup_fraction, a smaller optim.grad_clip or "
+            "precision=fp32"
+        )
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats per token [B T] of logits [B, T, N] against targets [B, T], in float32."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
