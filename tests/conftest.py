@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, fixed seeds, and `gpu` tests only where there is a GPU."""
+"""Shared by all tests: one thread, fixed seeds, and `gpu` tests only where there is a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import settings
 # The same examples in every run, and none that fails only because the machine is busy.
 settings.register_profile("spikelm", derandomize=True, deadline=None, database=None)
 settings.load_profile("spikelm")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -69,11 +69,13 @@ def main(argv: list[str]) -> int:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises: ConfigError if the address cannot be used."""
+    if not 0 <= port < 65536:
+        raise ConfigError(f"--port: {port} given; allowed: 0 (any free one) to 65535")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=128)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise ConfigError(
             f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
         ) from None

@@ -6,18 +6,14 @@ nobody knows is ignored, as OpenAI's clients expect. Every refusal is a RequestE
 
 from __future__ import annotations
 
-import json
-import math
 import reprlib
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from spikelm.errors import RequestError
 from spikelm.sampling import SamplingParams
+from spikelm_serve.strict_json import Json, parse_object
 
-MAX_DEPTH = 32
 MAX_CHOICES = 16
 MAX_PROMPTS = 16
 MAX_STOPS = 16
@@ -57,8 +53,6 @@ _NOT_SERVED: dict[str, tuple[object, ...]] = {
     "top_logprobs": (0,),
     "web_search_options": (),
 }
-
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +99,7 @@ class ChatRequest:
 
 def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
     """Raises: RequestError naming the field."""
-    fields = _parse_object(body)
+    fields = parse_object(body)
     prompt = fields.get("prompt")
     if prompt is None:
         raise RequestError("prompt is missing; send a string or token ids", param="prompt")
@@ -118,7 +112,7 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
 
 def parse_chat(body: bytes) -> ChatRequest:
     """Raises: RequestError naming the field."""
-    fields = _parse_object(body)
+    fields = parse_object(body)
     messages = fields.get("messages")
     if not isinstance(messages, list) or not 1 <= len(messages) <= MAX_MESSAGES:
         _refuse("messages", messages, f"a list of 1 to {MAX_MESSAGES} messages")
@@ -253,66 +247,3 @@ def _integer(fields: Json, name: str, low: int, high: int, *, default: int) -> i
 
 def _refuse(name: str, given: object, allowed: str) -> NoReturn:
     raise RequestError(f"{name}: {reprlib.repr(given)} given; allowed: {allowed}", param=name)
-
-
-def _parse_object(body: bytes) -> Json:
-    """Strict JSON: one object, finite numbers, each key once, bounded depth, valid Unicode."""
-    try:
-        value = json.loads(
-            body.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_float=_finite,
-            parse_constant=_constant,
-        )
-    except RequestError:
-        raise
-    except RecursionError:
-        raise RequestError(f"the JSON is nested deeper than {MAX_DEPTH} levels") from None
-    except ValueError as error:
-        raise RequestError(f"the body is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise RequestError("the body must be a JSON object")
-    _check_tree(value)
-    return value
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> Json:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise RequestError(f"the key {reprlib.repr(twice)} appears twice in one JSON object")
-    return fields
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise RequestError(f"the number {text[:20]} is too large")
-    return value
-
-
-def _constant(text: str) -> NoReturn:
-    raise RequestError(f"{text} is not valid JSON")
-
-
-def _check_tree(root: object) -> None:
-    """Without recursion, so that no input can exhaust the stack."""
-    pending = [(root, 1)]
-    while pending:
-        value, depth = pending.pop()
-        if depth > MAX_DEPTH:
-            raise RequestError(f"the JSON is nested deeper than {MAX_DEPTH} levels")
-        if isinstance(value, dict):
-            pending += ((item, depth + 1) for pair in value.items() for item in pair)
-        elif isinstance(value, list):
-            pending += ((item, depth + 1) for item in value)
-        elif isinstance(value, str) and not _is_unicode(value):
-            raise RequestError("the JSON has a lone surrogate, which is not valid Unicode")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

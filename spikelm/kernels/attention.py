@@ -99,26 +99,27 @@ def _chunk(
     order = torch.arange(T, device=q.device)
     sees_new = (segment[:, :, None] == segment[:, None]) & (order[:, None] >= order)
     keys, values, visible = [memory.k, k], [memory.v, v], [sees_ring, sees_new]
-    scores = [_scores(q_recent, memory.k), _scores(q_recent, k)]
+    # Matrix products may round a row differently in another batch; in decode that would show.
+    exact = T == 1 and window is not None
+    scores = [_scores(q_recent, memory.k, exact), _scores(q_recent, k, exact)]
     if window is not None:
         visible[0] = sees_ring & (position[..., None] - ring[:, None] < window)
         if sinks:
             at = torch.arange(sinks, device=q.device)
             left_window = position[..., None] - at >= window
             visible.append(continues[..., None] & (at < first)[:, None] & left_window)
-            scores.append(_scores(q_sink, memory.sink_k))
+            scores.append(_scores(q_sink, memory.sink_k, exact))
             values.append(memory.sink_v)
     mask = torch.cat(visible, -1)[:, None, None]
     weights = torch.cat(scores, -1).masked_fill(~mask, -torch.inf).softmax(-1)
-    joined = torch.cat(values, 1).permute(0, 2, 3, 1)[:, :, None]  # [B, G, 1, K, S]
-    out = (weights @ joined.transpose(-1, -2)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    out = _mix(weights.to(v.dtype), torch.cat(values, 1), exact).permute(0, 3, 1, 2, 4)
 
     seen = position[:, -1:] + 1
     written = torch.minimum((segment == segment[:, -1:]).sum(-1, keepdim=True), seen)
     capacity = memory.k.shape[1] if window is not None else max(int(seen.max()), memory.k.shape[1])
     slots = _slot_positions(capacity, seen)
     sink_slots = torch.arange(sinks, device=q.device).expand(q.shape[0], -1)
-    return out, Memory(
+    return out.flatten(2, 3), Memory(
         k=_store(memory.k, keys[1], slots, seen, written),
         v=_store(memory.v, v, slots, seen, written),
         sink_k=_store(memory.sink_k, k, sink_slots, seen, written),
@@ -126,12 +127,18 @@ def _chunk(
     )
 
 
-def _scores(q: Tensor, k: Tensor) -> Tensor:
+def _scores(q: Tensor, k: Tensor, exact: bool) -> Tensor:
     """q [B, T, H, K], k [B, S, G, K] -> scaled products [B, G, H / G, T, S]."""
     grouped: Tensor = q.unflatten(2, (k.shape[2], -1))
-    scaled = grouped.permute(0, 2, 3, 1, 4) * q.shape[-1] ** -0.5
-    scores: Tensor = scaled @ k.permute(0, 2, 3, 1)[:, :, None]
-    return scores
+    q = grouped.permute(0, 2, 3, 1, 4) * q.shape[-1] ** -0.5
+    k = k.permute(0, 2, 1, 3)[:, :, None]
+    return (q * k).sum(-1)[..., None, :] if exact else q @ k.transpose(-1, -2)
+
+
+def _mix(weights: Tensor, v: Tensor, exact: bool) -> Tensor:
+    """weights [B, G, H / G, T, S], v [B, S, G, K] -> [B, G, H / G, T, K]."""
+    v = v.permute(0, 2, 1, 3)[:, :, None]
+    return (weights.mT * v).sum(-2, keepdim=True) if exact else weights @ v
 
 
 def _slot_positions(capacity: int, seen: Tensor) -> Tensor:

@@ -59,7 +59,8 @@ def delta_rule(
 
     `decay_floor` promises log_decay >= decay_floor, which lets the decay between two tokens be
     split into two bounded factors and the scores be one matrix product. Without it channel decays
-    use exact pairwise differences in short chunks: slower, right for any decay.
+    use exact pairwise differences in short chunks: slower, right for any decay. Autocast may run
+    the products in bfloat16; decays, the triangular solve and the state stay in float32.
     """
     if q.shape[1] == 1:
         if segment is not None:
@@ -112,14 +113,15 @@ def _chunkwise(
     u, p = solution.split([w.shape[-1], k.shape[-1]], -1)
     # The state survives a chunk decayed, unless a document begins inside it.
     survive = from_state[..., -1, :, None]
-    incoming = []
+    incoming, corrected = [], []
     # unbind, as the backward of indexing would fill a whole tensor per chunk.
     per_chunk = (x.unbind(2) for x in (u, p, survive, k_end.transpose(-1, -2)))
     for u_n, p_n, survive_n, k_n in zip(*per_chunk, strict=True):
+        written = u_n - p_n @ state
         incoming.append(state)
-        state = survive_n * state + k_n @ (u_n - p_n @ state)
-    before = torch.stack(incoming, 2)
-    out = (q * from_state) @ before + reads @ (u - p @ before)
+        corrected.append(written)
+        state = survive_n * state + k_n @ written
+    out = (q * from_state) @ torch.stack(incoming, 2) + reads @ torch.stack(corrected, 2)
     return out.flatten(2, 3)[:, :, :T].transpose(1, 2), state
 
 

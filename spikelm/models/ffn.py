@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spikelm.config import ModelConfig
+from spikelm.kernels.activation import silu
 from spikelm.kernels.shift import causal_taps
 from spikelm.models.layers import Context, Projection
 from spikelm.state import LayerState
@@ -63,7 +64,7 @@ class GatedFFN(nn.Module):
     def forward(self, x: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
         projected, kept = self.input(x, state, context)
         gate, up = projected.chunk(2, -1)
-        act = F.silu if self.kind == "swiglu" else F.relu
+        act = silu if self.kind == "swiglu" else F.relu
         y, kept_output = self.output(act(gate) * up, state, context)
         return y, {**kept, **kept_output}
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spikelm.config import ModelConfig
+from spikelm.kernels.activation import sigmoid, silu
 from spikelm.kernels.attention import Memory, attention
 from spikelm.kernels.delta import delta_rule
 from spikelm.kernels.shift import causal_taps
@@ -75,24 +76,23 @@ class DeltaMixer(nn.Module):
         taps, conv = causal_taps(qkv, c.conv_size, state["conv"].to(qkv.dtype), context.segment)
         weights = self.conv.to(qkv.dtype)
         mixed = torch.stack([tap * w for tap, w in zip(taps, weights, strict=True)]).sum(0)
-        q, k, v = F.silu(mixed).split(self.qkv_sizes, -1)
+        q, k, v = silu(mixed).split(self.qkv_sizes, -1)
         q = self._normalised(self.queries, q, context)
         k = self._normalised(self.keys, k, context)
         v = widen(v.unflatten(-1, (c.num_heads, c.value_dim)))
 
         log_decay, erase, write, gate = self._gates(widen(gates))
-        with torch.autocast(x.device.type, enabled=False):
-            out, S = delta_rule(
-                q,
-                k,
-                v,
-                log_decay,
-                erase,
-                write,
-                state["S"],
-                context.segment,
-                decay_floor=c.decay_floor,
-            )
+        out, S = delta_rule(
+            q,
+            k,
+            v,
+            log_decay,
+            erase,
+            write,
+            state["S"],
+            context.segment,
+            decay_floor=c.decay_floor,
+        )
         out = (self.norm(out) * gate).flatten(2)
         y, kept_output = self.output(out, state, context)
         return y, {
@@ -113,11 +113,11 @@ class DeltaMixer(nn.Module):
         """log_decay [B, T, H, K or 1], erase, write and output gate, from the gate logits."""
         c = self.config
         parts = (logits + self.gate_bias).split(self.gate_sizes, -1)
-        rates = [torch.sigmoid(part).unflatten(-1, (c.num_heads, -1)) for part in parts[1:]]
+        rates = [sigmoid(part).unflatten(-1, (c.num_heads, -1)) for part in parts[1:]]
         if c.decay == "none":
             log_decay = torch.zeros_like(rates[0][..., :1])
         else:
-            log_decay = c.decay_floor * torch.sigmoid(parts[0]).unflatten(-1, (c.num_heads, -1))
+            log_decay = c.decay_floor * sigmoid(parts[0]).unflatten(-1, (c.num_heads, -1))
         erase, write = (rates[0], rates[1]) if c.gates == "split" else (rates[0], rates[0])
         return log_decay, erase, write, rates[-1]
 

@@ -94,10 +94,13 @@ class LanguageModel(nn.Module):
         """The state before the first token; float32, or float64 if the model is."""
         weight = self.embedding.weight
         like = torch.empty((), dtype=widen(weight[:0]).dtype, device=weight.device)
-        layers = tuple(layer.zero_state(batch_size, like) for layer in self.layers)
+        layers = [layer.zero_state(batch_size, like) for layer in self._layers()]
         position = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
         head = self.head.zero_state(batch_size, like)
         return State((*layers, head), position)
+
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def forward(
         self,
@@ -119,7 +122,7 @@ class LanguageModel(nn.Module):
         context = Context(*_positions(tokens, state.position, reset), probe)
         x = widen(self.embedding(tokens))
         layers = []
-        for layer, layer_state in zip(self.layers, state.layers, strict=False):
+        for layer, layer_state in zip(self._layers(), state.layers, strict=False):
             x, layer_state = layer(x, layer_state, context)
             layers.append(layer_state)
         x = self.norm(x)

@@ -85,6 +85,15 @@ def serving(engine: Any, **options: Any) -> Iterator[str]:
         assert not thread.is_alive()
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A model this small only waits for a second thread, long if the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def make_engine() -> type[FakeEngine]:
     return FakeEngine

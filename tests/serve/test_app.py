@@ -255,12 +255,11 @@ def test_endless_body_is_cut_off(serve: Serve, make_engine: Any) -> None:
             )
             if head.endswith(b"chunked"):
                 # 16 KiB a piece; the server must hang up long before the last.
-                with pytest.raises(OSError):  # noqa: PT011
-                    for _ in range(100_000):
-                        connection.sendall(b"4000\r\n" + b"x" * 0x4000 + b"\r\n")
+                piece = b"4000\r\n" + b"x" * 0x4000 + b"\r\n"
+                with pytest.raises(ConnectionError):
+                    connection.sendall(piece * 2000)
             else:
-                received = b"".join(iter(lambda c=connection: c.recv(65536), b""))
-                assert received.startswith(b"HTTP/1.1 413 ")
+                assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
     assert client.get("/health").is_success
 
 

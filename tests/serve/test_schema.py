@@ -207,39 +207,6 @@ def test_bad_messages_are_named(messages: Any, param: str) -> None:
     assert (info.value.status, info.value.param) == (400, param)
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        (b"", "not valid JSON"),
-        (b"{", "not valid JSON"),
-        (b"[]", "must be a JSON object"),
-        (b'"text"', "must be a JSON object"),
-        (b'{"prompt": "\xff"}', "not valid JSON"),
-        (b'{"prompt": "a\nb"}', "not valid JSON"),
-        (b'{"prompt": "x", "prompt": "y"}', "'prompt' appears twice"),
-        (b'{"prompt": "x", "z": {"a": 1, "a": 1}}', "'a' appears twice"),
-        (b'{"prompt": "x", "temperature": NaN}', "NaN is not valid JSON"),
-        (b'{"prompt": "x", "z": -Infinity}', "-Infinity is not valid JSON"),
-        (b'{"prompt": "x", "temperature": 1e400}', "too large"),
-        (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b'{"prompt": "\\ud800"}', "lone surrogate"),
-        (b'{"prompt": "x", "\\udfff": 1}', "lone surrogate"),
-        (b'{"prompt": "x", "z": ' + b"[" * 40 + b"]" * 40 + b"}", "nested deeper"),
-        (b'{"prompt": "x", "z": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested deeper"),
-        (b'{"prompt": "x", "z": ' + b'{"a":' * 10**4 + b"1" + b"}" * 10**4 + b"}", "nested"),
-    ],
-)
-def test_bad_json(body: bytes, reason: str) -> None:
-    with pytest.raises(RequestError, match=reason) as info:
-        parse_completion(body, VOCAB)
-    assert info.value.status == 400
-
-
-def test_escaped_pairs_are_text() -> None:
-    body = b'{"prompt": "\\ud83d\\ude00 \\u0000"}'
-    assert parse_completion(body, VOCAB).prompts == ("\U0001f600 \0",)
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -252,8 +219,10 @@ NAMES = st.sampled_from(sorted({name for name, _ in BAD_FIELDS} | {"messages", "
 def test_any_fields_are_parsed_or_refused(fields: dict[str, Any]) -> None:
     body = json.dumps({"prompt": "x", **CHAT, **fields}).encode()
     for parse in (parse_chat, lambda body: parse_completion(body, VOCAB)):
+        refusal = None
         try:
             parse(body)
         except RequestError as error:
-            assert error.status == 400
-            json.dumps(str(error), ensure_ascii=False).encode()
+            refusal = error
+        assert refusal is None or refusal.status == 400
+        json.dumps(str(refusal), ensure_ascii=False).encode()

@@ -29,7 +29,7 @@ def test_items_come_in_order_and_one_after_the_other() -> None:
         async def drain() -> list[int]:
             return [i async for i in worker.stream(lambda: counted(seen, 5))]
 
-        assert await asyncio.gather(drain(), drain()) == [[0, 1, 2, 3, 4]] * 2
+        assert list(await asyncio.gather(drain(), drain())) == [[0, 1, 2, 3, 4]] * 2
         assert seen == [0, 1, 2, 3, 4] * 2
         worker.close()
 
@@ -43,11 +43,10 @@ def test_errors_reach_the_reader() -> None:
 
     async def run() -> None:
         worker = Worker()
-        got = []
+        stream = worker.stream(fail)
+        assert await anext(stream) == 1
         with pytest.raises(ValueError, match="broken"):
-            async for i in worker.stream(fail):
-                got.append(i)
-        assert got == [1]
+            await anext(stream)
         assert [i async for i in worker.stream(lambda: iter([2]))] == [2]
         worker.close()
 
@@ -77,8 +76,9 @@ def test_close_ends_what_runs() -> None:
         threads = threading.active_count()
         worker.close()
         assert threading.active_count() == threads - 1
+        rest = []
         with pytest.raises(RequestError, match="shutting down"):
-            async for _ in stream:
-                pass
+            rest = [i async for i in stream]
+        assert rest == []
 
     asyncio.run(run())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from spikelm import checkpoint
 from spikelm.config import (
     AttentionConfig,

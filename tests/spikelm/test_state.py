@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from spikelm.errors import CheckpointError
 from spikelm.state import State
 

@@ -5,29 +5,38 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import pickle
 import time
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from safetensors import SafetensorError
 
 from spikelm import checkpoint
 from spikelm.doctor import cpu_flags
-from spikelm.errors import ConfigError, MissingExtraError, SpikelmError
-from spikelm.generate import Engine, stream_text
+from spikelm.errors import CheckpointError, ConfigError, MissingExtraError, SpikelmError
 from spikelm.models.spikelm import LanguageModel
-from spikelm.sampling import SamplingParams
 from spikelm_train import resume
 from spikelm_train.config import TrainConfig
-from spikelm_train.data import Batch, Corpus, make_batch, make_sampler, prepare, validation_rows
+from spikelm_train.data import Corpus, make_sampler, prepare
 from spikelm_train.optim import lr_factor, make_optimizer
 from spikelm_train.report import Reporter
 from spikelm_train.silence import Silence
+from spikelm_train.validation import cross_entropy, sample_text, to_batch, validation_sums
 
 # The L1 term grows to its weight over this part of the run.
 L1_RAMP = 0.1
+
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 def resolve_precision(wanted: Literal["auto", "bf16", "fp32"]) -> Literal["bf16", "fp32"]:
@@ -202,7 +211,8 @@ class Trainer:
         total = torch.zeros((), device=accelerator.device)
         for part in range(parts):
             start = (part * accelerator.num_processes + accelerator.process_index) * size
-            batch = self._batch(self.sampler.rows(self.step, start, start + size))
+            rows = self.sampler.rows(self.step, start, start + size)
+            batch = to_batch(rows, self.corpus.tokenizer.eos_id, accelerator.device)
             more = part < parts - 1
             with accelerator.no_sync(self.model) if more else contextlib.nullcontext():
                 logits, _ = self.model(batch.inputs, reset=batch.reset, probe=self.silence)
@@ -215,43 +225,22 @@ class Trainer:
             total += loss.detach() / parts
         return float(accelerator.reduce(total, "mean"))
 
-    @torch.no_grad()
     def validate(self) -> tuple[float, float]:
-        """(nats per token, bits per byte) of held-out text; separators are not predicted.
-
-        Every window starts from an empty state, so this is an upper bound of what `spikelm eval`
-        finds on the same text.
-        """
-        config, tokenizer = self.config, self.corpus.tokenizer
-        tokens = self.corpus.validation.tokens
-        rows = validation_rows(tokens, config.data.sequence_length, config.eval_tokens)
-        accelerator, size = self.accelerator, config.micro_batch_size
-        rank, ranks = accelerator.process_index, accelerator.num_processes
-        sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-        for start in range(rank * size, len(rows), ranks * size):
-            batch = self._batch(rows[start : start + size])
-            logits, _ = self.module(batch.inputs, reset=batch.reset)
-            text = batch.targets != tokenizer.eos_id
-            nats = cross_entropy(logits, batch.targets)[text.flatten()].double().sum()
-            num_bytes = len(tokenizer.decode_bytes(batch.targets.flatten().tolist()))
-            sums += torch.stack([nats, text.sum(), nats.new_tensor(num_bytes)])
+        """(nats per token, bits per byte) of held-out text."""
+        accelerator = self.accelerator
+        sums = validation_sums(
+            self.module,
+            self.corpus,
+            self.config,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
         nats, num_tokens, num_bytes = accelerator.reduce(sums, "sum").tolist()
         return nats / num_tokens, nats / num_bytes / math.log(2)
 
     def sample(self) -> str:
-        """A continuation of the recipe's prompt by a copy of the model on the CPU, in fp32."""
-        config, tokenizer = self.config, self.corpus.tokenizer
-        with torch.device("meta"):
-            copy = LanguageModel(config.model)
-        state = {name: tensor.float().cpu() for name, tensor in self.module.state_dict().items()}
-        copy.load_state_dict(state, assign=True)
-        copy.tie_weights()
-        engine = Engine(checkpoint.Checkpoint(self.out, copy.eval(), tokenizer, None))
-        params = SamplingParams(
-            temperature=0.8, top_p=0.95, seed=config.seed, max_tokens=config.sample_tokens
-        )
-        prompt = [tokenizer.eos_id, *tokenizer.encode(config.sample_prompt)]
-        return config.sample_prompt + "".join(c.text for c in stream_text(engine, prompt, params))
+        """The recipe's prompt and what the model makes of it."""
+        return sample_text(self.module, self.corpus.tokenizer, self.config, self.out)
 
     def save(self, seconds: float, *, finished: bool = False) -> None:
         """Writes the checkpoint to continue from, and the loss curve."""
@@ -277,15 +266,11 @@ class Trainer:
         found = resume.find(self.out)
         try:
             self.accelerator.load_state(str(found))
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise SpikelmError(
+        except _UNREADABLE as error:
+            raise CheckpointError(
                 f"{found} is damaged ({' '.join(str(error).split()):.200}); start over with --fresh"
             ) from None
         self.step, self._seconds_before = position.step, position.seconds
-
-    def _batch(self, rows: Any) -> Batch:
-        batch = make_batch(rows, self.corpus.tokenizer.eos_id)
-        return Batch(*(tensor.to(self.accelerator.device) for tensor in batch))
 
     def _agree(self, signum: int) -> tuple[float, int]:
         """Seconds in the loop and pending signal, the largest of all processes."""
@@ -353,8 +338,3 @@ class Trainer:
             "lower optim.lr, a longer optim.warmup_fraction, a smaller optim.grad_clip or "
             "precision=fp32"
         )
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats per token [B T] of logits [B, T, N] against targets [B, T], in float32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")

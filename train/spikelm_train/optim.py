@@ -22,7 +22,7 @@ def lr_factor(config: OptimConfig, progress: float) -> float:
     if progress < warmup:
         return progress / warmup
     if config.schedule == "cosine":
-        x = (progress - warmup) / (1 - warmup) if warmup < 1 else 1.0
+        x = (progress - warmup) / (1 - warmup) if warmup < 1 else 0.0
         return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * x))
     if config.schedule == "wsd" and progress > 1 - config.wsd_decay_fraction:
         return final + (1 - final) * (1 - progress) / config.wsd_decay_fraction

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from spikelm.kernels import reference
 from spikelm.kernels.attention import Memory, attention
-from torch import Tensor
 
 B, H, G, K = 2, 4, 2, 6
 

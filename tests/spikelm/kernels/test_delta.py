@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spikelm.kernels import reference
-from spikelm.kernels.delta import delta_rule, delta_step
 from torch import Tensor
 from torch.nn import functional as F
+
+from spikelm.kernels import reference
+from spikelm.kernels.delta import delta_rule, delta_step
 
 B, H, K, V = 2, 2, 4, 3
 MEMBERS = [(decay, gates) for decay in ("none", "scalar", "channel") for gates in ("tied", "split")]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from spikelm.errors import BackendError
 from spikelm.kernels import event
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from spikelm.kernels import reference
 from spikelm.kernels.shift import causal_taps
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from spikelm.config import DeltaConfig, FFNConfig, ModelConfig, NeuronConfig, NeuronsConfig
 from spikelm.models.spikelm import LanguageModel
 from spikelm.state import State
-from torch import Tensor
 
 Make = Callable[..., ModelConfig]
 LIF = NeuronConfig(kind="lif", v_threshold=0.3)

@@ -3,8 +3,9 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from spikelm.neurons.integer import DEAD_ZONE_BAND, integer_counts, integer_spike
 from torch import Tensor
+
+from spikelm.neurons.integer import DEAD_ZONE_BAND, integer_counts, integer_spike
 
 
 def tensor(*values: float) -> Tensor:
@@ -31,7 +32,7 @@ def test_counts_are_integers_in_range_and_silent_in_the_dead_zone(
     seed: int, k: float, zone: float
 ) -> None:
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(seed)) * 10
-    counts, v = integer_counts(x, torch.tensor(k), torch.tensor(zone), 9, False)
+    counts, _v = integer_counts(x, torch.tensor(k), torch.tensor(zone), 9, False)
     assert torch.equal(counts, counts.round())
     assert counts.abs().max() <= 9
     assert (counts[x.abs() <= zone * x.abs().mean(-1, keepdim=True)] == 0).all()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from spikelm.config import NeuronConfig
 from spikelm.kernels import reference
 from spikelm.neurons.lif import lif

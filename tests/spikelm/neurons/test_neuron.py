@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from spikelm.config import NeuronConfig
 from spikelm.neurons import Neuron, Spikes
-from torch import Tensor
 
 
 def make(kind: str) -> Neuron:

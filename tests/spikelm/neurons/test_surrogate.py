@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from spikelm.neurons.surrogate import SURROGATES, fire
 
 

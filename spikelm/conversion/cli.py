@@ -1,0 +1,106 @@
+"""`spikelm convert RUN OUT`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from spikelm.corpus import builtin_documents, read_documents
+from spikelm.errors import CheckpointError, ConfigError, DataError
+
+WINDOW_TOKENS = 512
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spikelm convert",
+        description="Turn a trained model folder into a spike-coded one: int8 weights that only "
+        "the spikes' rows are read of, trained or calibrated thresholds, and a manifest.",
+    )
+    parser.add_argument("source", metavar="RUN", help="folder of the trained (float) model")
+    parser.add_argument("out", metavar="OUT", help="folder to write; replaced if it is a model")
+    parser.add_argument(
+        "--data", nargs="+", metavar="SRC", help="calibration text (default: built-in corpus)"
+    )
+    parser.add_argument(
+        "--calibration-tokens",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="tokens to calibrate and measure on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--silence",
+        action="append",
+        default=[],
+        metavar="CLASS=FRACTION",
+        help="dead zones for projections trained without a neuron, e.g. mixer_input=0.4",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="outputs that share one scale (default: %(default)s)",
+    )
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    arguments = build_parser().parse_args(argv)
+    source, out = Path(arguments.source), Path(arguments.out)
+    silence = dict(_silence(text) for text in arguments.silence)
+    if out.resolve() == source.resolve():
+        raise ConfigError(f"OUT is RUN itself ({out}); give another folder")
+    if out.exists() and not (out.is_dir() and _is_ours(out)):
+        raise ConfigError(f"{out} exists and is no spike-coded model; give another folder")
+    if arguments.calibration_tokens < WINDOW_TOKENS:
+        raise ConfigError(
+            f"--calibration-tokens {arguments.calibration_tokens} given; "
+            f"allowed: {WINDOW_TOKENS} or more"
+        )
+
+    import torch
+
+    from spikelm.conversion.convert import convert
+    from spikelm.tokenizer import Tokenizer
+
+    if not source.is_dir():
+        raise CheckpointError(f"no model folder at {source}; give the --out of `spikelm train`")
+    tokenizer = Tokenizer.load(source)
+    # Thresholds are fitted to training text, never to what is evaluated.
+    documents = read_documents(arguments.data) if arguments.data else builtin_documents("train")
+    ids: list[int] = []
+    for document in documents:
+        ids += [tokenizer.eos_id, *tokenizer.encode(document)]
+        if len(ids) >= arguments.calibration_tokens:
+            break
+    if len(ids) < WINDOW_TOKENS:
+        raise DataError(
+            f"the calibration text has {len(ids)} tokens; at least {WINDOW_TOKENS} are needed"
+        )
+    rows = min(len(ids), arguments.calibration_tokens) // WINDOW_TOKENS
+    windows = torch.tensor(ids[: rows * WINDOW_TOKENS]).view(rows, WINDOW_TOKENS)
+    manifest = convert(source, out, windows, silence=silence, group_size=arguments.group_size)
+    _report(manifest, out)
+    return 0
+
+
+def _report(manifest: dict[str, object], out: Path) -> None:
+    fractions = manifest["silent_fraction"]
+    assert isinstance(fractions, dict)
+    classes = "  ".join(f"{n} {x:.0%}" for n, x in fractions.items() if n != "total")
+    print(f"silent {fractions['total']:.1%} of all projection inputs ({classes})")
+    print(f"spike-coded model in {out}; try: spikelm inspect {out}")
+
+
+def _silence(text: str) -> tuple[str, float]:
+    name, _, fraction = text.partition("=")
+    try:
+        return name, float(fraction)
+    except ValueError:
+        raise ConfigError(f"--silence takes CLASS=FRACTION, got '{text}'") from None
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / "spikes.json").is_file() or not any(folder.iterdir())

@@ -1,0 +1,1 @@
+"""Measuring models: quality, silence, weight traffic, time and memory against length."""

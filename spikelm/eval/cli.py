@@ -1,0 +1,176 @@
+"""`spikelm eval`, `spikelm bench length` and `spikelm inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from spikelm.errors import ConfigError
+
+DATA_HELP = "text files, globs or datasets to measure on instead of the built-in corpus"
+BACKEND_HELP = "event-driven implementation of spike-coded models (%(default)s)"
+XZ, XZ_AFTER = "xz_bits_per_byte", "xz_after_training_bits_per_byte"
+
+
+def build_eval_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spikelm eval",
+        description="Bits per byte, perplexity and silence of models on held-out text, beside "
+        "what xz needs for it. A model is a folder, or LABEL=FOLDER to name its column.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
+    parser.add_argument(
+        "--twin",
+        metavar="MODEL",
+        action="append",
+        default=[],
+        help="another model for the same table, such as the dense twin; may be repeated",
+    )
+    parser.add_argument("--data", metavar="FILE", nargs="+", help=DATA_HELP)
+    parser.add_argument("--max-bytes", type=int, metavar="N", help="use the first N bytes of text")
+    parser.add_argument("--backend", default="auto", help=BACKEND_HELP)
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the numbers as JSON too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main_eval(argv: list[str]) -> int:
+    args = build_eval_parser().parse_args(argv)
+    models = labelled([args.model, *args.twin])
+    from spikelm import checkpoint
+    from spikelm.corpus import builtin_documents, read_documents
+    from spikelm.eval.evaluate import evaluate, xz_bits_per_byte
+    from spikelm.eval.tables import evaluation_table
+
+    # A misspelt twin is told at once, not after the first model's minutes.
+    for path in models.values():
+        checkpoint.read_config(Path(path))
+    texts = read_documents(args.data) if args.data else builtin_documents("test")
+    documents = first_bytes(texts, args.max_bytes)
+    xz = {XZ: xz_bits_per_byte(documents)}
+    if not args.data:
+        xz[XZ_AFTER] = xz_bits_per_byte(documents, builtin_documents("train"))
+    evaluations = {
+        label: evaluate(path, documents, backend=args.backend) for label, path in models.items()
+    }
+    report = {"models": evaluations, **xz}
+    if args.report:
+        flat = {label: {**found, XZ: xz[XZ]} for label, found in evaluations.items()}
+        write_json(args.report, {**flat, **xz})
+    print(json.dumps(report, indent=2) if args.json else evaluation_table(report))
+    return 0
+
+
+def build_bench_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spikelm bench", description="Time and memory.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    about = (
+        "time to first token, time per token, peak memory and state against length, beside the "
+        "same model with full attention"
+    )
+    length = commands.add_parser("length", help=about, description=about.capitalize() + ".")
+    length.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
+    length.add_argument(
+        "--lengths", default="256,1024,4096,16384", help="tokens before the first (%(default)s)"
+    )
+    length.add_argument(
+        "--repeats", type=int, default=3, help="runs of which the median counts (%(default)s)"
+    )
+    length.add_argument("--plot", type=Path, metavar="FILE", help="the plot (MODEL/length.png)")
+    length.add_argument("--no-full", action="store_true", help="measure the model alone")
+    length.add_argument("--backend", default="auto", help=BACKEND_HELP)
+    length.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main_bench(argv: list[str]) -> int:
+    args = build_bench_parser().parse_args(argv)
+    from spikelm.eval.length import bench_length, parse_lengths, plot, require_matplotlib
+    from spikelm.eval.tables import length_table
+
+    lengths = parse_lengths(args.lengths)
+    require_matplotlib()
+    report = bench_length(
+        args.model, lengths, repeats=args.repeats, full=not args.no_full, backend=args.backend
+    )
+    file = args.plot or Path(args.model) / "length.png"
+    plot(report, file)
+    if args.json:
+        print(json.dumps({**report, "plot": str(file)}, indent=2))
+    else:
+        print(f"{length_table(report)}\nplot: {file}")
+    return 0
+
+
+def build_inspect_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spikelm inspect",
+        description="Where the spikes are: what feeds every projection, its neuron, threshold, "
+        "code and silence, and the weight bytes it reads.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
+    parser.add_argument("--data", metavar="FILE", nargs="+", help=DATA_HELP)
+    parser.add_argument("--backend", default="auto", help=BACKEND_HELP)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main_inspect(argv: list[str]) -> int:
+    args = build_inspect_parser().parse_args(argv)
+    from spikelm.corpus import read_documents
+    from spikelm.eval.inspect import MEASURED_BYTES, inspect
+    from spikelm.eval.tables import inspection_table
+
+    documents = first_bytes(read_documents(args.data), MEASURED_BYTES) if args.data else None
+    report = inspect(args.model, documents, backend=args.backend)
+    print(json.dumps(report, indent=2) if args.json else inspection_table(report))
+    return 0
+
+
+def labelled(models: Sequence[str]) -> dict[str, str]:
+    """Label -> folder of LABEL=FOLDER or FOLDER, whose label is its name.
+
+    Raises: ConfigError for a label given twice, or one that `--report` uses itself.
+    """
+    found: dict[str, str] = {}
+    for model in models:
+        label, separator, path = model.partition("=")
+        if not separator or Path(model).exists():
+            label, path = Path(model).resolve().name, model
+        if label in found or label in (XZ, XZ_AFTER, ""):
+            raise ConfigError(
+                f"two models, or a model and a number, are called '{label}'; "
+                f"name them, for example dense={path}"
+            )
+        found[label] = path
+    return found
+
+
+def first_bytes(documents: Iterable[str], max_bytes: int | None) -> list[str]:
+    """Documents up to `max_bytes` of UTF-8, the last one cut between characters.
+
+    Raises: ConfigError for a limit below 1.
+    """
+    if max_bytes is None:
+        return list(documents)
+    if max_bytes < 1:
+        raise ConfigError(f"--max-bytes {max_bytes} given; allowed: 1 or more")
+    kept: list[str] = []
+    for text in documents:
+        data = text.encode("utf-8", "surrogatepass")
+        kept.append(text if len(data) <= max_bytes else data[:max_bytes].decode(errors="ignore"))
+        max_bytes -= len(data)
+        if max_bytes <= 0:
+            break
+    return kept
+
+
+def write_json(file: Path, data: dict[str, Any]) -> None:
+    """The file appears complete or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(file)

@@ -1,0 +1,160 @@
+"""The reports of `eval`, `inspect` and `bench` as aligned text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from spikelm.config import TENSOR_CLASSES
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns two spaces apart, the first `left` of them flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people: 512 B, 1.5 KiB, 20.3 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def evaluation_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm eval` prints: a column per model, the four numbers apart."""
+    models: Mapping[str, Mapping[str, Any]] = report["models"]
+    rows = [["", *models]]
+
+    def add(title: str, cell: Callable[[Mapping[str, Any]], str]) -> None:
+        rows.append([title, *(cell(model) for model in models.values())])
+
+    add("kind", lambda m: m["kind"])
+    add("parameters", lambda m: f"{m['parameters']:,}")
+    add("bits per byte", lambda m: f"{m['bits_per_byte']:.4f}")
+    add("perplexity per token", lambda m: f"{m['perplexity']:.3f}")
+    add("(a) silent fraction", lambda m: percent(m["silent_fraction"]["total"]))
+    for name in TENSOR_CLASSES:
+        if any(name in m["silent_fraction"] for m in models.values()):
+            add(f"    {name}", lambda m, n=name: percent(m["silent_fraction"].get(n)))  # type: ignore[misc]
+    for name in TENSOR_CLASSES:
+        if any(name in m["slot_sparsity"] for m in models.values()):
+            add(f"(b) slot sparsity, {name}", lambda m, n=name: _slots(m, n))  # type: ignore[misc]
+    add("weight bytes per token", lambda m: size(m["weight_bytes_per_token"]))
+    add("(c) weight bytes skipped", lambda m: percent(m["weight_bytes_skipped_fraction"]))
+    add("    silent, skipped or not", lambda m: percent(m["weight_bytes_skippable_fraction"]))
+    add("(d) tensors that spike", lambda m: f"{len(m['spiking_tensors'])} of {m['tensors']}")
+    add("state", lambda m: size(m["state_bytes"]) + (", grows" if m["state_grows"] else ""))
+    add("tokens per second", lambda m: f"{m['tokens_per_second']:.1f}")
+    any_model = next(iter(models.values()))
+    lines = [
+        aligned(rows),
+        "",
+        f"{any_model['bytes']:,} bytes of held-out text",
+        f"xz -9e: {report['xz_bits_per_byte']:.4f} bits per byte",
+    ]
+    if "xz_after_training_bits_per_byte" in report:
+        after = report["xz_after_training_bits_per_byte"]
+        lines.append(f"xz -9e that has seen the training text: {after:.4f} bits per byte")
+    return "\n".join(lines)
+
+
+def _slots(model: Mapping[str, Any], name: str) -> str:
+    found = model["slot_sparsity"].get(name)
+    return "-" if found is None else f"{percent(found['value'])} (S={found['steps']})"
+
+
+def inspection_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm inspect` prints: a row per neuron population, then totals."""
+    head = ["name", "fed by", "neuron", "threshold", "code", "S", "silent"]
+    rows = [[*head, "weights", "bits", "read per token", "of"]]
+    for entry in report["populations"]:
+        weights = entry["weights"]
+        rows.append(
+            [
+                entry["name"],
+                entry["fed_by"],
+                entry["neuron"],
+                _threshold(entry["threshold"]),
+                entry["code"] or "-",
+                str(entry["steps"] or "-"),
+                percent(entry["silent_fraction"]),
+                "{} x {}".format(*weights["shape"]) if weights else "-",
+                str(weights["bits"]) if weights else "-",
+                size(weights["bytes_read_per_token"]) if weights else "-",
+                size(weights["bytes"]) if weights else "-",
+            ]
+        )
+    total, read = report["weight_bytes_per_token"], report["weight_bytes_read_per_token"]
+    other = report["other_bytes_per_token"]
+    totals = [
+        ["model", f"{report['name']}, {report['kind']}"],
+        ["backend", report["backend"] or "float matrix products, which read everything"],
+        ["silence measured on", report["silence_measured_on"]],
+        ["parameters", f"{report['parameters']:,}"],
+        ["weights in memory", size(report["weight_bytes"])],
+        ["read per token", f"{size(read)} of {size(total)}, {percent(1 - read / total)} skipped"],
+        ["  of it always", f"{size(other)}: norms, biases, thresholds, one embedding row"],
+        *_state_rows(report["state"]),
+    ]
+    return f"{aligned(rows, left=5)}\n\n{aligned(totals, left=2)}"
+
+
+def _threshold(threshold: Mapping[str, Any] | None) -> str:
+    if threshold is None:
+        return "-"
+    if "tau" in threshold:
+        return f"{threshold['v_threshold']:g}, tau {threshold['tau']:g}"
+    parts = [f"mean|x|/{threshold['k']:.3g}", f"zone {threshold['dead_zone']:.2f}"]
+    if threshold["max_count"] is not None:
+        low = 0 if threshold["unsigned"] else -threshold["max_count"]
+        parts.append(f"{low} to {threshold['max_count']}")
+    return ", ".join(parts) + (f" ({threshold['origin']})" if threshold["origin"] else "")
+
+
+def _state_rows(state: Mapping[str, Any]) -> list[list[str]]:
+    growth = state["bytes_per_token"]
+    grows = f", and {size(growth)} more per token" if growth else ", the same for every length"
+    rows = [["state", size(state["bytes"]) + grows]]
+    for kind, layers in state["per_layer"].items():
+        tensors = ", ".join(f"{name} {size(num)}" for name, num in layers["tensors"].items())
+        rows.append([f"  {kind} x {len(layers['layers'])}", tensors])
+    if state["head"]:
+        tensors = ", ".join(f"{name} {size(num)}" for name, num in state["head"].items())
+        rows.append(["  head", tensors])
+    return rows
+
+
+def length_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm bench length` prints: three rows per length."""
+    rows = [["tokens", "", "first token", "per token", "peak memory", "state"]]
+    for row in report["measurements"]:
+        for key, label in (("ours", report["name"]), ("full", "full attention")):
+            if key in row:
+                rows.append([f"{row['length']:,}", label, *_costs(row[key])])
+        if row.get("ratio"):
+            ratios = ["-" if r is None else f"{r:.2f} x" for r in row["ratio"].values()]
+            rows.append(["", "full / ours", *ratios])
+    notes = ["peak memory is above the loaded model", report["note"] or ""]
+    lines = [aligned(rows, left=2), "", *(note for note in notes if note)]
+    return "\n".join(lines)
+
+
+def _costs(cost: Mapping[str, float] | None) -> list[str]:
+    if cost is None:
+        return ["killed", "-", "-", "-"]
+    times = [f"{cost[name]:,.2f} ms" for name in ("first_token_ms", "ms_per_token")]
+    return [*times, size(cost["peak_bytes"]), size(cost["state_bytes"])]

@@ -1,0 +1,104 @@
+"""Weight traffic: the bytes of weights that decoding one token reads or, thanks to silence, skips.
+
+Counted over the whole model in the layout that runs: every projection (head included), norms,
+biases, convolutions, thresholds, scales and one row of the embedding. Caches are not modelled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from spikelm.models.coded import CodedLinear, projections
+from spikelm.models.layers import Linear, Projection
+from spikelm.models.spikelm import LanguageModel
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """The weights behind one neuron population."""
+
+    in_features: int
+    out_features: int
+    bits: int
+    """Bits per weight as stored."""
+    row_bytes: int
+    """What the weights of one input neuron take where they run."""
+    backend: str | None
+    """The event-driven implementation of a spike-coded matrix; None for a float one."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.in_features * self.row_bytes
+
+    @property
+    def skips(self) -> bool:
+        """Whether the rows of silent neurons stay unread."""
+        return self.backend not in (None, "matmul")
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What one token reads if nothing is silent, and what silence changes."""
+
+    matrices: dict[str, Matrix]
+    """By the name of the neuron population in front."""
+    other_bytes: int
+    """Everything that is always read."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes per token without silence."""
+        return self.other_bytes + sum(matrix.num_bytes for matrix in self.matrices.values())
+
+    def skippable_fraction(self, silence: Mapping[str, float]) -> float:
+        """Share of the bytes that belongs to silent neurons; `silence` is by population."""
+        silent = sum(silence[name] * matrix.num_bytes for name, matrix in self.matrices.items())
+        return silent / self.num_bytes
+
+    def skipped_fraction(self, silence: Mapping[str, float]) -> float:
+        """Share of the bytes that is not read: of the skippable, what the backend skips."""
+        silent = sum(silence[n] * m.num_bytes for n, m in self.matrices.items() if m.skips)
+        return silent / self.num_bytes
+
+
+def weight_traffic(model: LanguageModel) -> Traffic:
+    """The traffic of a model as it is laid out now."""
+    populations = projections(model)
+    apart = {id(p.linear.weight) for p in populations} | {id(model.embedding.weight)}
+    tensors = [*model.parameters(), *model.buffers()]
+    other = sum(tensor.nbytes for tensor in tensors if id(tensor) not in apart)
+    return Traffic(
+        {p.neuron.name: _matrix(p) for p in populations},
+        other + model.embedding.weight[0].nbytes,
+    )
+
+
+def weight_bytes(model: LanguageModel) -> int:
+    """Bytes the weights take in memory, the whole embedding included."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tables = [linear.table for linear in _coded_linears(model) if linear.table is not None]
+    return sum(tensor.nbytes for tensor in [*tensors, *tables])
+
+
+def num_parameters(model: LanguageModel) -> int:
+    """Numbers in the model, thresholds included; scales of integer weights are not counted."""
+    coded = sum(linear.in_features * linear.out_features for linear in _coded_linears(model))
+    return coded + sum(parameter.numel() for parameter in model.parameters())
+
+
+def _matrix(projection: Projection) -> Matrix:
+    linear = projection.linear
+    if isinstance(linear, CodedLinear):
+        table = linear.weight if linear.table is None else linear.table
+        assert table is not None
+        row_bytes = table.shape[1] * table.element_size()
+        return Matrix(linear.in_features, linear.out_features, 8, row_bytes, linear.backend)
+    assert isinstance(linear, Linear)
+    out_features, in_features = linear.weight.shape
+    size = linear.weight.element_size()
+    return Matrix(in_features, out_features, 8 * size, out_features * size, None)
+
+
+def _coded_linears(model: LanguageModel) -> list[CodedLinear]:
+    return [p.linear for p in projections(model) if isinstance(p.linear, CodedLinear)]

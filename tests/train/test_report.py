@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spikelm_train.report import CURVE, METRICS, Reporter, draw_curve, progress_line, read_metrics
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def measurement(step: int) -> dict[str, Any]:
+    return {
+        "step": step,
+        "progress": step / 10,
+        "loss": 3.0,
+        "bits_per_byte": 2.5,
+        "lr": 1e-3,
+        "tokens_per_second": 12345.6,
+        "silent_fraction": 0.625,
+        "silent": {"mixer_input": 0.5, "ffn_hidden": 0.95},
+    }
+
+
+def test_progress_line_names_every_number() -> None:
+    line = progress_line(measurement(4))
+    for part in ("step 4", "40%", "loss 3.000", "2.500 bits/byte", "1.0e-03", "12,346 tok/s"):
+        assert part in line
+    assert line.endswith("silent 62.5% (mixer_input 50% ffn_hidden 95%)")
+
+
+def test_progress_line_without_silence() -> None:
+    assert "silent" not in progress_line({**measurement(1), "silent_fraction": None, "silent": {}})
+
+
+def test_plain_stream_gets_whole_lines(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    reporter = Reporter(tmp_path, stream, 0)
+    reporter.progress(measurement(1))
+    reporter.say("hello")
+    reporter.close()
+    assert stream.getvalue() == f"{progress_line(measurement(1))}\nhello\n"
+
+
+def test_terminal_gets_one_updating_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = Terminal()
+    reporter = Reporter(tmp_path, stream, 0)
+    for step in (1, 2):
+        reporter.progress(measurement(step))
+    assert "\n" not in stream.getvalue()
+    shown = stream.getvalue().split("\r\x1b[K")[1:]
+    assert [text[:6] for text in shown] == ["step 1", "step 2"]
+    assert all(len(text) == 39 for text in shown)
+    reporter.say("hello")
+    assert stream.getvalue().endswith("\r\x1b[Khello\n")
+    reporter.close()
+
+
+def test_reporter_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    first = Reporter(tmp_path, io.StringIO(), 0)
+    for step in (1, 2, 3):
+        first.progress(measurement(step))
+    first.close()
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 4, "lo')  # the process died here
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    second = Reporter(tmp_path, io.StringIO(), 2)
+    second.progress(measurement(3))
+    second.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    assert len((tmp_path / METRICS).read_text().splitlines()) == 3
+
+
+def test_draw_writes_a_png_and_scalars(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, io.StringIO(), 0)
+    reporter.progress(measurement(1))
+    reporter.record({"step": 1, "validation_bits_per_byte": 2.0})
+    reporter.draw()
+    reporter.close()
+    assert (tmp_path / CURVE).read_bytes().startswith(b"\x89PNG")
+    events = next((tmp_path / "tensorboard").iterdir()).read_bytes()
+    for tag in (b"loss", b"silent/ffn_hidden", b"validation_bits_per_byte"):
+        assert tag in events
+
+
+def test_draw_curve_without_records(tmp_path: Path) -> None:
+    draw_curve([], tmp_path / "empty.png")
+    assert (tmp_path / "empty.png").stat().st_size > 0

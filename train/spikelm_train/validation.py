@@ -1,0 +1,68 @@
+"""What a run looks at from time to time: held-out loss, and a sample of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spikelm.checkpoint import Checkpoint
+from spikelm.generate import Engine, stream_text
+from spikelm.models.spikelm import LanguageModel
+from spikelm.sampling import SamplingParams
+from spikelm.tokenizer import Tokenizer
+from spikelm_train.config import TrainConfig
+from spikelm_train.data import Batch, Corpus, make_batch, validation_rows
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Nats per token [B T] of logits [B, T, N] against targets [B, T], in float32."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+
+
+def to_batch(rows: Any, eos_id: int, device: torch.device) -> Batch:
+    """Rows of tokens [B, L + 1] as a batch on `device`."""
+    return Batch(*(tensor.to(device) for tensor in make_batch(rows, eos_id)))
+
+
+@torch.no_grad()
+def validation_sums(
+    model: LanguageModel, corpus: Corpus, config: TrainConfig, rank: int, num_ranks: int
+) -> Tensor:
+    """This rank's share of the held-out text: nats, tokens and bytes [3], float64.
+
+    Separators are read but not predicted, so bytes are exactly those of the predicted tokens.
+    Every window starts from an empty state, as in training.
+    """
+    tokenizer, size = corpus.tokenizer, config.micro_batch_size
+    device = model.embedding.weight.device
+    rows = validation_rows(
+        corpus.validation.tokens, config.data.sequence_length, config.eval_tokens
+    )
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for start in range(rank * size, len(rows), num_ranks * size):
+        batch = to_batch(rows[start : start + size], tokenizer.eos_id, device)
+        logits, _ = model(batch.inputs, reset=batch.reset)
+        text = batch.targets != tokenizer.eos_id
+        nats = cross_entropy(logits, batch.targets)[text.flatten()].double().sum()
+        num_bytes = len(tokenizer.decode_bytes(batch.targets.flatten().tolist()))
+        sums += torch.stack([nats, text.sum().double(), nats.new_tensor(num_bytes)])
+    return sums
+
+
+def sample_text(model: LanguageModel, tokenizer: Tokenizer, config: TrainConfig, out: Path) -> str:
+    """The recipe's prompt and its continuation by a copy of `model` on the CPU, in fp32."""
+    with torch.device("meta"):
+        copy = LanguageModel(config.model)
+    state = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
+    copy.load_state_dict(state, assign=True)
+    copy.tie_weights()
+    engine = Engine(Checkpoint(out, copy.eval(), tokenizer, None))
+    params = SamplingParams(
+        temperature=0.8, top_p=0.95, seed=config.seed, max_tokens=config.sample_tokens
+    )
+    prompt = [tokenizer.eos_id, *tokenizer.encode(config.sample_prompt)]
+    return config.sample_prompt + "".join(c.text for c in stream_text(engine, prompt, params))
