@@ -97,11 +97,13 @@ def main_bench(argv: list[str]) -> int:
         args.model, lengths, repeats=args.repeats, full=not args.no_full, backend=args.backend
     )
     file = args.plot or Path(args.model) / "length.png"
+    # First the numbers, which took minutes: a folder that takes no plot must not cost them.
+    print(
+        json.dumps({**report, "plot": str(file)}, indent=2) if args.json else length_table(report)
+    )
     plot(report, file)
-    if args.json:
-        print(json.dumps({**report, "plot": str(file)}, indent=2))
-    else:
-        print(f"{length_table(report)}\nplot: {file}")
+    if not args.json:
+        print(f"plot: {file}")
     return 0
 
 

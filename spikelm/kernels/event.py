@@ -80,10 +80,13 @@ def _fits_float32(counts: Tensor) -> bool:
 
 def _gather(counts: Tensor, table: Tensor, backend: str) -> Tensor:
     """The event-driven product: a weighted sum of the rows of active neurons."""
-    rows, neurons = counts.nonzero(as_tuple=True)
-    ends = (counts != 0).sum(-1).cumsum(0)
-    offsets = F.pad(ends, (1, 0))
-    values = counts[rows, neurons].float()
+    K = counts.shape[1]
+    fired = counts.flatten().nonzero()[:, 0]
+    values = counts.flatten()[fired].float()
+    # Where each row's events begin in the list, and where the last row's end.
+    starts = torch.arange(0, counts.numel() + 1, K, device=counts.device)
+    offsets = torch.searchsorted(fired, starts)
+    neurons = fired if counts.shape[0] == 1 else fired % K
     if backend == "embedding_bag_int8":
         out: Tensor = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
             table, neurons, offsets, False, 0, False, values, None, True

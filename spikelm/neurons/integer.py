@@ -93,6 +93,9 @@ def integer_spike(
     dead_zone: d/d theta of x [|x| > theta] with a rectangle of width DEAD_ZONE_BAND in place of
     the delta function (JumpReLU, Rajamanoharan et al. 2024).
     """
+    if not torch.is_grad_enabled():
+        counts, v_threshold = integer_counts(x, k, dead_zone, max_count, unsigned)
+        return counts * v_threshold, counts, v_threshold
     values, counts, v_threshold = _IntegerSpike.apply(  # type: ignore[no-untyped-call]
         x, k, dead_zone, max_count, unsigned
     )
