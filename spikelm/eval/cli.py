@@ -83,11 +83,32 @@ def build_bench_parser() -> argparse.ArgumentParser:
     length.add_argument("--no-full", action="store_true", help="measure the model alone")
     length.add_argument("--backend", default="auto", help=BACKEND_HELP)
     length.add_argument("--json", action="store_true", help="print one JSON object")
+    about = "state, resident memory and time per token while one text grows"
+    memory = commands.add_parser("memory", help=about, description=about.capitalize() + ".")
+    memory.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
+    memory.add_argument(
+        "--tokens", type=int, default=100_000, help="tokens to decode (%(default)s)"
+    )
+    memory.add_argument("--backend", default="auto", help=BACKEND_HELP)
+    memory.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def main_bench(argv: list[str]) -> int:
     args = build_bench_parser().parse_args(argv)
+    return _bench_length(args) if args.command == "length" else _bench_memory(args)
+
+
+def _bench_memory(args: argparse.Namespace) -> int:
+    from spikelm.eval.memory import bench_memory
+    from spikelm.eval.tables import memory_table
+
+    report = bench_memory(args.model, args.tokens, backend=args.backend)
+    print(json.dumps(report, indent=2) if args.json else memory_table(report))
+    return 0
+
+
+def _bench_length(args: argparse.Namespace) -> int:
     from spikelm.eval.length import bench_length, parse_lengths, plot, require_matplotlib
     from spikelm.eval.tables import length_table
 

@@ -5,14 +5,10 @@ Every measurement runs in a process of its own, so that its peak memory is its o
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import itertools
 import logging
-import re
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +25,7 @@ from spikelm.config import Mixer
 from spikelm.corpus import SPLITS, builtin_documents
 from spikelm.errors import ConfigError, MissingExtraError
 from spikelm.eval.evaluate import timed_decode, token_stream
+from spikelm.eval.process import memory_bytes, reset_peak
 from spikelm.generate import Engine
 from spikelm.models.coded import coded_copy
 from spikelm.models.spikelm import LanguageModel
@@ -146,8 +143,8 @@ def measure(path: str, ids: Sequence[int], backend: str) -> Cost:
     # The first calls page the weights in and start the thread pools.
     warm_up = (list(ids) * WARM_UP_TOKENS)[:WARM_UP_TOKENS]
     timed_decode(engine, *engine.prefill(warm_up), 2)
-    _reset_peak()
-    loaded = _memory_bytes("VmRSS")
+    reset_peak()
+    loaded = memory_bytes("VmRSS")
     start = perf_counter()
     logits, state = engine.prefill(ids)
     logits.argmax(-1)
@@ -157,7 +154,7 @@ def measure(path: str, ids: Sequence[int], backend: str) -> Cost:
     return {
         "first_token_ms": 1e3 * first_token,
         "ms_per_token": 1e3 * statistics.median(seconds),
-        "peak_bytes": max(0, _memory_bytes("VmHWM") - loaded),
+        "peak_bytes": max(0, memory_bytes("VmHWM") - loaded),
         "state_bytes": state_bytes,
     }
 
@@ -195,34 +192,6 @@ def _ratio(full: Cost | None, ours: Cost | None) -> dict[str, float | None] | No
     if full is None or ours is None:
         return None
     return {name: full[name] / ours[name] if ours[name] else None for name in QUANTITIES}
-
-
-def _memory_bytes(field: str) -> int:
-    """This process' resident memory (VmRSS) or its peak (VmHWM)."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        status = ""
-    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
-    if found is not None:
-        return 1024 * int(found[1])
-    # Second choice, as on Linux it starts from the peak of the process that spawned this one.
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _reset_peak() -> None:
-    """Makes loading, whose peak is higher than what it leaves, not count (Linux)."""
-    if sys.platform != "linux":
-        return
-    # What loading freed but the allocator kept would hide as much of the run's own memory.
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def plot(report: dict[str, Any], file: Path) -> None:

@@ -158,3 +158,12 @@ def _costs(cost: Mapping[str, float] | None) -> list[str]:
         return ["killed", "-", "-", "-"]
     times = [f"{cost[name]:,.2f} ms" for name in ("first_token_ms", "ms_per_token")]
     return [*times, size(cost["peak_bytes"]), size(cost["state_bytes"])]
+
+
+def memory_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm bench memory` prints."""
+    rows = [["tokens", "state", "resident", "ms per token"]]
+    for row in report["measurements"]:
+        sizes = [size(row["state_bytes"]), size(row["resident_bytes"])]
+        rows.append([f"{row['tokens']:,}", *sizes, f"{row['ms_per_token']:.2f}"])
+    return aligned(rows, left=0)
