@@ -55,7 +55,7 @@ def tiny_model(**changes: Any) -> LanguageModel:
     return LanguageModel(config).initialise(0)
 
 
-def test_parameter_groups_decay_matrices_only() -> None:
+def test_parameter_groups_decay_projections_only() -> None:
     model = tiny_model()
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, others = parameter_groups(model, 0.1)
@@ -64,6 +64,7 @@ def test_parameter_groups_decay_matrices_only() -> None:
     without = {names[id(p)] for p in others["params"]}
     assert "head.linear.weight" in with_decay
     assert {"embedding.weight", "norm.weight"} <= without
+    assert any(name.endswith("mixer.conv") for name in without)
     assert any(name.endswith("dead_zone") for name in without)
     assert any(name.endswith(".k") for name in without)
     assert with_decay.isdisjoint(without)

@@ -85,7 +85,7 @@ class OptimConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices; embeddings, vectors and neurons have none."""
+    """Decoupled decay of projection weights; everything else has none."""
     grad_clip: float | None = 1.0
     """Largest gradient norm; null does not clip."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"

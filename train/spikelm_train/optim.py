@@ -30,19 +30,17 @@ def lr_factor(config: OptimConfig, progress: float) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with decay; embeddings, norms, gates' biases, convolutions and neurons without.
+    """Projection weights with decay; embeddings, norms, biases, convolutions and neurons without.
 
     A row of the embedding gets a gradient only when its token occurs, so decay would shrink rare
     tokens; a head tied to it goes with it. Parameters without gradient are left out.
     """
-    embedding = getattr(model, "embedding", None)
-    free = {id(p) for p in embedding.parameters()} if embedding is not None else set()
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    # A tied weight is named once, as the embedding's.
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim == 2 and id(parameter) not in free
-            (decayed if matrix else others).append(parameter)
+            (decayed if name.endswith("linear.weight") else others).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},

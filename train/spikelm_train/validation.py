@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spikelm.checkpoint import Checkpoint
-from spikelm.generate import Engine, stream_text
+from spikelm.generate import Engine, prompt_ids, stream_text
 from spikelm.models.spikelm import LanguageModel
 from spikelm.sampling import SamplingParams
 from spikelm.tokenizer import Tokenizer
@@ -64,5 +64,5 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, config: TrainConfig,
     params = SamplingParams(
         temperature=0.8, top_p=0.95, seed=config.seed, max_tokens=config.sample_tokens
     )
-    prompt = [tokenizer.eos_id, *tokenizer.encode(config.sample_prompt)]
+    prompt = prompt_ids(tokenizer, config.sample_prompt)
     return config.sample_prompt + "".join(c.text for c in stream_text(engine, prompt, params))
