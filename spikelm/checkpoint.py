@@ -103,8 +103,8 @@ def save(
     staging.rmdir()
 
 
-def load(path: str | Path, *, backend: str = "auto") -> Checkpoint:
-    """Reads a float or spike-coded model folder, ready to run.
+def load(path: str | Path, *, backend: str = "auto", device: str = "cpu") -> Checkpoint:
+    """Reads a float or spike-coded model folder, ready to run on `device`.
 
     `backend` names the event-driven implementation of a spike-coded model (`kernels.event`).
     Raises: CheckpointError naming what is missing, damaged or does not fit.
@@ -129,6 +129,7 @@ def load(path: str | Path, *, backend: str = "auto") -> Checkpoint:
         if coding is not None:
             coded.use_coded_linears(model, coding["group_size"])
     _load_weights(model, folder / WEIGHTS)
+    model.to(device)
     manifest = None
     if coding is not None:
         manifest = _read_json(folder / MANIFEST)

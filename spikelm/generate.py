@@ -43,7 +43,7 @@ class Engine:
         self.checkpoint = checkpoint
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self.model: LanguageModel = checkpoint.model
-        self._silent = torch.zeros((), dtype=torch.int64)
+        self._silent = torch.zeros((), dtype=torch.int64, device=self.model.device)
         self._total = 0
 
     @property
@@ -56,12 +56,13 @@ class Engine:
         """Reads a prompt of at least one token: logits [1, N] after it, and the state."""
         if not ids:
             raise ValueError("prefill needs at least one token")
-        logits, state = run(self.model, torch.tensor([list(ids)]), state)
+        logits, state = run(self.model, torch.tensor([list(ids)], device=self.model.device), state)
         return logits[:, -1], state
 
     @torch.inference_mode()
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """One token for each of B sequences: ids [B] -> logits [B, N], and the state."""
+        ids = ids.to(self.model.device)
         logits, state = self.model(ids[:, None], state, probe=self._count)
         return logits[:, -1], state
 

@@ -29,21 +29,21 @@ _EXACT_IN_FLOAT32 = 2**24
 _OFFSET = 128
 
 
-def available() -> list[tuple[str, str | None]]:
+def available(device_type: str = "cpu") -> list[tuple[str, str | None]]:
     """Every backend in fallback order, with the reason why it cannot run here or None."""
-    return [(name, _obstacle(name)) for name in BACKENDS]
+    return [(name, _obstacle(name, device_type)) for name in BACKENDS]
 
 
-def resolve(backend: str) -> str:
+def resolve(backend: str, device_type: str = "cpu") -> str:
     """The backend to use: `auto` takes the first that runs, a name is taken at its word.
 
     Raises: BackendError for an unknown name or one that cannot run here.
     """
     if backend == "auto":
-        return next(name for name, obstacle in available() if obstacle is None)
+        return next(name for name, obstacle in available(device_type) if obstacle is None)
     if backend not in BACKENDS:
         raise BackendError(f"unknown backend '{backend}'; {did_you_mean(backend, BACKENDS)}")
-    obstacle = _obstacle(backend)
+    obstacle = _obstacle(backend, device_type)
     if obstacle is not None:
         raise BackendError(f"backend '{backend}' cannot run here: {obstacle}; use backend 'auto'")
     return backend
@@ -109,9 +109,13 @@ def _integer_gemm(counts: Tensor, table: Tensor, backend: str) -> Tensor:
     return torch._int_mm(counts.to(torch.int8), weight)
 
 
-def _obstacle(backend: str) -> str | None:
-    if backend != "embedding_bag_int8":
+def _obstacle(backend: str, device_type: str) -> str | None:
+    if backend == "matmul":
         return None
-    if not hasattr(torch.ops.quantized, "embedding_bag_byte_rowwise_offsets"):
+    if device_type != "cpu":
+        return "the gather of active rows is for CPUs"
+    if backend == "embedding_bag_int8" and not hasattr(
+        torch.ops.quantized, "embedding_bag_byte_rowwise_offsets"
+    ):
         return "this torch was built without quantised CPU operators"
     return None

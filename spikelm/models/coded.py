@@ -37,8 +37,13 @@ class CodedLinear(nn.Module):
         self.table: Tensor | None = None
 
     def pack(self, backend: str) -> None:
-        """Moves the weights into the backend's layout: for running, no longer for saving."""
+        """Moves the weights into the backend's layout: for running, no longer for saving.
+
+        `matmul` uses the weights as they are.
+        """
         assert self.weight is not None
+        if backend == "matmul":
+            return
         self.backend, self.table = backend, event.pack(self.weight, backend)
         self.weight = None
 
@@ -105,7 +110,7 @@ def projections(model: LanguageModel) -> list[Projection]:
 
 def pack(model: LanguageModel, backend: str) -> None:
     """Resolves `backend` once and lays out every spike-coded linear for it."""
-    chosen = event.resolve(backend)
+    chosen = event.resolve(backend, model.device.type)
     for projection in projections(model):
         if isinstance(projection.linear, CodedLinear):
             projection.linear.pack(chosen)

@@ -86,6 +86,10 @@ class LanguageModel(nn.Module):
                 reset_parameters(module)
         return self
 
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
     def neurons(self) -> Iterator[Neuron]:
         """Every neuron population, first layer to last."""
         return (module for module in self.modules() if isinstance(module, Neuron))
@@ -93,9 +97,9 @@ class LanguageModel(nn.Module):
     def zero_state(self, batch_size: int) -> State:
         """The state before the first token; float32, or float64 if the model is."""
         weight = self.embedding.weight
-        like = torch.empty((), dtype=widen(weight[:0]).dtype, device=weight.device)
+        like = torch.empty((), dtype=widen(weight[:0]).dtype, device=self.device)
         layers = [layer.zero_state(batch_size, like) for layer in self._layers()]
-        position = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        position = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
         head = self.head.zero_state(batch_size, like)
         return State((*layers, head), position)
 

@@ -46,7 +46,7 @@ def test_auto_takes_the_first_that_runs() -> None:
 
 
 def test_a_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event, "_obstacle", lambda name: "no such operator")
+    monkeypatch.setattr(event, "_obstacle", lambda name, device: "no such operator")
     with pytest.raises(BackendError, match="no such operator"):
         event.resolve("embedding_bag_int8")
     with pytest.raises(BackendError, match="did you mean 'matmul'"):

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from torch import nn
 
 from spikelm import checkpoint
 from spikelm.models.coded import CodedLinear, projections, quantise
-from spikelm.models.layers import Linear
 from spikelm.models.spikelm import LanguageModel
 
 
@@ -29,14 +28,11 @@ def dequantised(folder: Path) -> LanguageModel:
     """The coded model with float weights: the same neurons, float products."""
     coded = checkpoint.load(folder, backend="matmul").model
     floating = LanguageModel(coded.config)
-    floating.load_state_dict(coded.state_dict(), strict=False)
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        names = [n for n, m in floating.named_modules() if isinstance(m, Linear)]
-        for name, projection in zip(names, projections(floating), strict=True):
-            integers = file.get_tensor(f"model.{name}.weight")
-            scale = file.get_tensor(f"model.{name}.scale")
-            assert isinstance(projection.linear, Linear)
-            projection.linear.weight = torch.nn.Parameter(integers.T * scale[:, None])
+    kept = {n: t for n, t in coded.state_dict().items() if not n.endswith("linear.weight")}
+    floating.load_state_dict(kept, strict=False)
+    for source, target in zip(projections(coded), projections(floating), strict=True):
+        assert isinstance(source.linear, CodedLinear)
+        target.linear.register_parameter("weight", nn.Parameter(source.linear.dequantised()))
     return floating.eval()
 
 
