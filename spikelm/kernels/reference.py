@@ -86,20 +86,16 @@ def attention(
                 start = t
             position = t - start
             reach = position + 1 if window is None else window
-            scores, values = [], []
-            for p in range(position + 1):
-                recent = position - p < reach
-                if not recent and p >= sinks:
-                    continue
-                at = position if recent else min(position, sinks + reach - 1)
-                query, key = q[b, t], k[b, start + p].repeat_interleave(group, 0)
-                if rope_theta is not None:
-                    query = rotate(query, torch.tensor(at), rope_theta)
-                    key = rotate(key, torch.tensor(p), rope_theta)
-                scores.append((query * key).sum(-1) * K**-0.5)
-                values.append(v[b, start + p].repeat_interleave(group, 0))
-            weights = torch.softmax(torch.stack(scores), 0)
-            outputs.append((weights[..., None] * torch.stack(values)).sum(0))
+            p = torch.arange(position + 1, device=q.device)
+            recent = position - p < reach
+            p, recent = p[recent | (p < sinks)], recent[recent | (p < sinks)]
+            keys, values = (x[b, start + p].repeat_interleave(group, 1) for x in (k, v))
+            query = q[b, t].expand_as(keys)
+            if rope_theta is not None:
+                at = torch.where(recent, position, min(position, sinks + reach - 1))
+                query, keys = rotate(query, at, rope_theta), rotate(keys, p, rope_theta)
+            weights = torch.softmax((query * keys).sum(-1) * K**-0.5, 0)
+            outputs.append((weights[..., None] * values).sum(0))
         rows.append(torch.stack(outputs))
     return torch.stack(rows)
 

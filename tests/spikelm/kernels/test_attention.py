@@ -8,6 +8,7 @@ from torch import Tensor
 
 from spikelm.kernels import reference
 from spikelm.kernels.attention import Memory, attention
+from spikelm.kernels.rope import rotate
 
 B, H, G, K = 2, 4, 2, 6
 
@@ -37,7 +38,7 @@ def run(
     rope: float | None,
     reset: Tensor | None = None,
     lengths: tuple[int, ...] = (),
-) -> Tensor:
+) -> tuple[Tensor, Memory]:
     """The kernel over a sequence cut into `lengths` (the rest in one piece)."""
     T = q.shape[1]
     reset = torch.zeros(B, T, dtype=torch.bool) if reset is None else reset
@@ -65,7 +66,23 @@ def run(
         outputs.append(out)
         seen = position[:, -1] + 1
         start += length
-    return torch.cat(outputs, 1)
+    return torch.cat(outputs, 1), memory
+
+
+def remembered(
+    k: Tensor, v: Tensor, *, window: int | None, sinks: int, rope: float | None
+) -> list[Tensor]:
+    """What the memory must hold after whole sequences: rotated keys and values by slot."""
+    T = k.shape[1]
+    if rope is not None:
+        k = rotate(k, torch.arange(T).expand(B, T), rope)
+    kept = range(T) if window is None else range(max(0, T - window), T)
+    slots = T if window is None else window
+    ring = [torch.zeros(B, slots, G, K, dtype=torch.float64) for _ in range(2)]
+    for p in kept:
+        for store, source in zip(ring, (k, v), strict=True):
+            store[:, p % slots] = source[:, p]
+    return [*ring, k[:, :sinks], v[:, :sinks]]
 
 
 CASES = [(None, 0), (1, 0), (1, 3), (5, 0), (5, 2), (64, 4)]
@@ -73,18 +90,33 @@ CASES = [(None, 0), (1, 0), (1, 3), (5, 0), (5, 2), (64, 4)]
 
 @pytest.mark.parametrize(("window", "sinks"), CASES)
 @pytest.mark.parametrize("rope", [None, 100.0])
-@pytest.mark.parametrize("T", [1, 2, 65])
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65])
 def test_equals_the_loop_with_gradients(
     T: int, window: int | None, sinks: int, rope: float | None
 ) -> None:
+    check(T, window, sinks, rope)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (5, 2), (64, 4)])
+def test_equals_the_loop_over_1000_tokens(window: int | None, sinks: int) -> None:
+    check(1000, window, sinks, 100.0)
+
+
+def check(T: int, window: int | None, sinks: int, rope: float | None) -> None:
+    """Outputs, final memory and the gradients of a loss over both."""
     tensors = [x.requires_grad_() for x in inputs(T)]
-    weights = torch.randn(B, T, H, K, dtype=torch.float64, generator=torch.Generator())
-    out = run(*tensors, window=window, sinks=sinks, rope=rope)
+    out, memory = run(*tensors, window=window, sinks=sinks, rope=rope)
+    stored = [memory.k, memory.v, memory.sink_k[:, :T], memory.sink_v[:, :T]]
     expected = reference.attention(*tensors, window=window, sinks=sinks, rope_theta=rope)
+    kept = remembered(*tensors[1:], window=window, sinks=sinks, rope=rope)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-    actual_grads = torch.autograd.grad((out * weights).sum(), tensors)
-    expected_grads = torch.autograd.grad((expected * weights).sum(), tensors)
-    torch.testing.assert_close(actual_grads, expected_grads, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(stored, kept, rtol=1e-10, atol=1e-10)
+    grads = []
+    for parts in ((out, *stored), (expected, *kept)):
+        g = torch.Generator().manual_seed(4)
+        loss = sum((x * torch.randn(x.shape, dtype=x.dtype, generator=g)).sum() for x in parts)
+        grads.append(torch.autograd.grad(loss, tensors))
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (7, 2)])
@@ -95,7 +127,7 @@ def test_packed_documents(window: int | None, sinks: int) -> None:
         *tensors, window=window, sinks=sinks, rope_theta=50.0, reset=reset
     )
     for lengths in ((), (1, 20, 7, 1)):
-        out = run(*tensors, window=window, sinks=sinks, rope=50.0, reset=reset, lengths=lengths)
+        out, _ = run(*tensors, window=window, sinks=sinks, rope=50.0, reset=reset, lengths=lengths)
         torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -110,12 +142,14 @@ def test_any_split_carries_the_memory(
 ) -> None:
     window, sinks = case
     tensors = inputs(sum(cuts) + 10, seed)
-    whole = run(*tensors, window=window, sinks=sinks, rope=100.0)
-    parts = run(*tensors, window=window, sinks=sinks, rope=100.0, lengths=tuple(cuts))
+    whole, memory = run(*tensors, window=window, sinks=sinks, rope=100.0)
+    parts, after = run(*tensors, window=window, sinks=sinks, rope=100.0, lengths=tuple(cuts))
+    torch.testing.assert_close(after.k[:, : memory.k.shape[1]], memory.k)
+    torch.testing.assert_close(after.sink_v, memory.sink_v)
     torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-10)
 
 
 def test_the_window_counts_the_query_itself() -> None:
     q, k, v = inputs(6)
-    out = run(q, k, v, window=1, sinks=0, rope=None)
+    out, _ = run(q, k, v, window=1, sinks=0, rope=None)
     torch.testing.assert_close(out, v.repeat_interleave(H // G, 2))

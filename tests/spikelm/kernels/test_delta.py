@@ -64,7 +64,7 @@ def test_chunkwise_equals_the_loop(T: int, decay: str, gates: str) -> None:
     assert_same(outcome(lambda *x: delta_rule(*x, decay_floor=-1.0), tensors), expected)
 
 
-@pytest.mark.parametrize(("decay", "gates"), [("scalar", "tied"), ("channel", "split")])
+@pytest.mark.parametrize(("decay", "gates"), MEMBERS)
 def test_chunkwise_equals_the_loop_over_1000_tokens(decay: str, gates: str) -> None:
     tensors = inputs(1000, decay, gates)
     expected = outcome(reference.delta_rule, tensors)

@@ -45,17 +45,23 @@ def test_equals_the_loop(reset: Literal["zero", "subtract"], T: int, packed: boo
     assert 0 < spikes.mean() < 1 or T < 3
 
 
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5))
-def test_any_split_carries_the_membrane(lengths: list[int]) -> None:
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=5), detach=st.booleans())
+def test_any_split_carries_the_membrane(lengths: list[int], detach: bool) -> None:
     x = torch.randn(2, sum(lengths), 3, dtype=torch.float64) * 2
-    v = torch.zeros(2, 3, dtype=torch.float64)
-    whole, after = lif(x, v, config("zero"))
-    outputs = []
-    for part in x.split(lengths, 1):
-        spikes, v = lif(part, v, config("zero"))
-        outputs.append(spikes)
-    assert torch.equal(torch.cat(outputs, 1), whole)
-    assert torch.equal(v, after)
+    results = []
+    for cuts in ([sum(lengths)], lengths):
+        leaf = x.clone().requires_grad_()
+        v, outputs = torch.zeros(2, 3, dtype=torch.float64), []
+        for part in leaf.split(cuts, 1):
+            spikes, v = lif(part, v, config("zero", detach))
+            outputs.append(spikes)
+        whole = torch.cat(outputs, 1)
+        (whole.cumsum(1).sum() + v.square().sum()).backward()
+        results.append((whole, v, leaf.grad))
+    for a, b in zip(*results, strict=True):
+        assert a is not None
+        assert b is not None
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_gradient_through_the_reset_by_hand() -> None:
