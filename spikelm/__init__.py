@@ -16,13 +16,23 @@ if TYPE_CHECKING:
     from spikelm.generate import Engine
     from spikelm.models.spikelm import LanguageModel
     from spikelm.sampling import SamplingParams
+    from spikelm.state import State
 
 __version__ = "0.1.0"
 
-__all__ = ["Engine", "LanguageModel", "ModelConfig", "SamplingParams", "SpikelmError", "load"]
+__all__ = [
+    "Engine",
+    "LanguageModel",
+    "ModelConfig",
+    "SamplingParams",
+    "SpikelmError",
+    "State",
+    "load",
+]
 
 _LAZY = {
     "Engine": "spikelm.generate",
+    "State": "spikelm.state",
     "LanguageModel": "spikelm.models.spikelm",
     "SamplingParams": "spikelm.sampling",
     "load": "spikelm.checkpoint",

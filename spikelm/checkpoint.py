@@ -98,6 +98,8 @@ def save(
     (staging / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     tokenizer.save(staging)
     save_file(tensors, staging / WEIGHTS, {"format": "pt"})
+    # safetensors makes the file readable by its owner alone; a model is for all who see the folder.
+    (staging / WEIGHTS).chmod((staging / "config.json").stat().st_mode)
     for file in staging.iterdir():
         file.replace(folder / file.name)
     staging.rmdir()
@@ -111,7 +113,7 @@ def load(path: str | Path, *, backend: str = "auto", device: str = "cpu") -> Che
     """
     folder = Path(path)
     config = read_config(folder)
-    coding = config.get("spike_coding")
+    group_size = group_size_of(config, folder)
     model_config = model_config_of(config, folder)
     tokenizer = Tokenizer.load(folder)
     expected = config.get("tokenizer_fingerprint")
@@ -126,12 +128,12 @@ def load(path: str | Path, *, backend: str = "auto", device: str = "cpu") -> Che
         )
     with torch.device("meta"):
         model = LanguageModel(model_config)
-        if coding is not None:
-            coded.use_coded_linears(model, coding["group_size"])
+        if group_size is not None:
+            coded.use_coded_linears(model, group_size)
     _load_weights(model, folder / WEIGHTS)
     model.to(device)
     manifest = None
-    if coding is not None:
+    if group_size is not None:
         manifest = _read_json(folder / MANIFEST)
         coded.pack(model, backend)
     return Checkpoint(folder, model.eval().requires_grad_(False), tokenizer, manifest)
@@ -158,6 +160,21 @@ def model_config_of(config: dict[str, Any], where: Path | str) -> ModelConfig:
         raise CheckpointError(f"{where}: config.json: {error}") from None
 
 
+def group_size_of(config: dict[str, Any], where: Path | str) -> int | None:
+    """Outputs per scale in a spike-coded folder; None for a float one."""
+    coding = config.get("spike_coding")
+    if coding is None:
+        return None
+    if isinstance(coding, dict) and coding.get("bits") == 8:
+        size = coding.get("group_size")
+        if isinstance(size, int) and size >= 1:
+            return size
+    raise CheckpointError(
+        f"{where}: config.json: spike_coding is {coding!r}; "
+        "allowed: bits 8 and group_size 1 or more"
+    )
+
+
 def _load_weights(model: LanguageModel, path: Path) -> None:
     """Fills a meta model from a safetensors file, accounting for every tensor."""
     wanted = {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
@@ -180,6 +197,9 @@ def _load_weights(model: LanguageModel, path: Path) -> None:
                 f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for "
                 f"{list(want.shape)}; the two files belong to different models"
             )
+        if tensor.is_floating_point() != want.is_floating_point():
+            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected {want.dtype}")
+        tensors[name] = tensor.to(want.dtype)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     model.load_state_dict(state, strict=not tied, assign=True)
     model.tie_weights()

@@ -67,6 +67,7 @@ class NeuronConfig:
         _require(self.k > 0, "k", self.k, "a number > 0")
         _require(self.dead_zone >= 0, "dead_zone", self.dead_zone, "a number >= 0")
         _require(self.tau >= 1, "tau", self.tau, "a number >= 1")
+        _require(self.v_threshold > 0, "v_threshold", self.v_threshold, "a number > 0")
         _require(self.alpha > 0, "alpha", self.alpha, "a number > 0")
         if self.max_count is not None:
             _require(1 <= self.max_count <= 127, "max_count", self.max_count, "1 to 127, or null")
@@ -75,7 +76,9 @@ class NeuronConfig:
                 0 <= self.target_silence < 1, "target_silence", self.target_silence, "0 <= s < 1"
             )
             if self.kind != "integer":
-                raise ConfigError("target_silence needs kind: integer; set it or drop the target")
+                raise ConfigError(
+                    "target_silence needs kind: integer; an empty mapping {} switches a neuron off"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +90,7 @@ class NeuronsConfig:
     mixer_output: NeuronConfig = field(default_factory=NeuronConfig)
     """The vector the output projection of a mixer reads."""
     queries_keys: NeuronConfig = field(default_factory=NeuronConfig)
-    """Queries and keys of `delta` layers, per head: silent entries leave state rows untouched."""
+    """Queries and keys of `delta` layers, per head: what is silent touches no state row."""
     gate_input: NeuronConfig = field(default_factory=NeuronConfig)
     """The bottleneck vector that the gates of a `delta` layer read."""
     ffn_input: NeuronConfig = field(default_factory=NeuronConfig)
@@ -239,7 +242,9 @@ def from_dict(cls: type[T], data: object, where: str = "") -> T:
     try:
         return cls(**values)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+        name = str(error).partition(":")[0]
+        joint = "." if name in hints else ": "
+        raise ConfigError(f"{where}{joint}{error}" if where else str(error)) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -250,16 +255,28 @@ def to_dict(config: Any) -> dict[str, Any]:
 def load_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML mapping. Raises: ConfigError if it is missing or not a mapping."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise ConfigError(f"{path} is not valid YAML: {reason}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(data).__name__}")
     return data
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which a key may stand once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key '{key}' stands twice")
+        return super().construct_mapping(node, deep)
 
 
 def save_yaml(config: Any, path: Path) -> None:
@@ -281,7 +298,7 @@ def find_config(kind: str, name: str) -> Path:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     known = {p.stem for folder in folders for p in folder.glob("*.yaml")}
-    raise ConfigError(f"no such file or {kind[:-1]} preset: '{name}'; {did_you_mean(name, known)}")
+    raise ConfigError(f"no such file or preset ({kind}): '{name}'; {did_you_mean(name, known)}")
 
 
 def load_model_config(name: str) -> ModelConfig:
@@ -340,10 +357,13 @@ def _convert(hint: Any, value: object, path: str) -> Any:
                 errors.append(error)
         raise errors[0]
     if origin is Literal:
+        if value is False and "off" in arguments:
+            return "off"  # YAML 1.1 reads the bare word as a boolean
         if value not in arguments:
-            hint_text = did_you_mean(str(value), map(str, arguments))
+            near = did_you_mean(str(value), map(str, arguments))
+            hint = "" if near.startswith("allowed") else f"; {near}"
             allowed = ", ".join(map(str, arguments))
-            raise ConfigError(f"{path}: '{value}' given; allowed: {allowed}; {hint_text}")
+            raise ConfigError(f"{path}: '{value}' given; allowed: {allowed}{hint}")
         return value
     if origin is tuple:
         if not isinstance(value, (list, tuple)):

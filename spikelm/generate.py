@@ -5,7 +5,6 @@ One engine for float and spike-coded checkpoints. N vocabulary, B sequences.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,16 +12,16 @@ import torch
 from torch import Tensor
 
 from spikelm.checkpoint import Checkpoint
+from spikelm.errors import DataError
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Neuron, Spikes
 from spikelm.sampling import Sampler, SamplingParams
 from spikelm.state import State
 from spikelm.tokenizer import Tokenizer
 
-# Long prompts run in pieces of about this many tokens, so prefill memory does not grow.
+# Long prompts run in pieces of this many tokens, so prefill memory does not grow. A multiple of the
+# delta rule's chunk, so that its rounding is that of one piece.
 PREFILL_TOKENS = 1024
-# The chunkwise mixers work on this grid; pieces that keep to it change no rounding.
-CHUNK_GRID = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +54,12 @@ class Engine:
     def prefill(self, ids: Sequence[int], state: State | None = None) -> tuple[Tensor, State]:
         """Reads a prompt of at least one token: logits [1, N] after it, and the state."""
         if not ids:
-            raise ValueError("prefill needs at least one token")
-        logits, state = run(self.model, torch.tensor([list(ids)], device=self.model.device), state)
+            raise DataError("prefill needs at least one token")
+        vocabulary = self.tokenizer.vocab_size
+        if not all(0 <= token < vocabulary for token in ids):
+            raise DataError(f"token ids {min(ids)}..{max(ids)} given; allowed: 0..{vocabulary - 1}")
+        tokens = torch.tensor([list(ids)], device=self.model.device)
+        logits, state = run(self.model, tokens, state, eos_id=self.tokenizer.eos_id)
         return logits[:, -1], state
 
     @torch.inference_mode()
@@ -73,14 +76,22 @@ class Engine:
 
 
 def run(
-    model: LanguageModel, tokens: Tensor, state: State | None, *, last_only: bool = True
+    model: LanguageModel,
+    tokens: Tensor,
+    state: State | None,
+    *,
+    eos_id: int | None,
+    last_only: bool = True,
 ) -> tuple[Tensor, State]:
-    """The forward over tokens [B, T] in pieces of bounded memory; logits [B, 1 or T, N]."""
-    grid = math.lcm(CHUNK_GRID, model.config.attention.window)
-    size = grid * -(-PREFILL_TOKENS // grid)
+    """The forward over tokens [B, T] in pieces of bounded memory; logits [B, 1 or T, N].
+
+    `eos_id` begins a document, as in training: the state before it is forgotten.
+    """
     outputs = []
-    for piece in tokens.split(size, dim=1):
-        logits, state = model(piece, state, last_only=last_only)
+    for piece in tokens.split(PREFILL_TOKENS, dim=1):
+        begins = piece == eos_id
+        reset = begins if bool(begins.any()) else None
+        logits, state = model(piece, state, reset=reset, last_only=last_only)
         outputs.append(logits)
     assert state is not None
     return (outputs[-1] if last_only else torch.cat(outputs, 1)), state

@@ -8,6 +8,8 @@ B sequences, T tokens, N vocabulary.
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +20,9 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from spikelm.checkpoint import MODEL_TYPE, model_config_of
+from spikelm.checkpoint import MANIFEST, MODEL_TYPE, group_size_of, model_config_of
 from spikelm.config import ModelConfig, to_dict
-from spikelm.errors import ConfigError
+from spikelm.errors import CheckpointError, ConfigError
 from spikelm.generate import run
 from spikelm.models.coded import use_coded_linears
 from spikelm.models.layers import reset_parameters
@@ -62,6 +64,9 @@ class StateCache(Cache):
         self.state = state
         self.seen_tokens = 0
 
+    def __bool__(self) -> bool:
+        return True
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of `input_ids` this cache covers, padding included."""
         return self.seen_tokens
@@ -92,8 +97,37 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LanguageModel(config.model_config)
         if config.spike_coding is not None:
-            use_coded_linears(self.model, config.spike_coding["group_size"])
+            group_size = group_size_of(vars(config), "this model")
+            assert group_size is not None
+            use_coded_linears(self.model, group_size)
         self.post_init()  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, but a missing, unknown or misshapen tensor is an error."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            names = sorted(map(str, info.get(problem) or ()))
+            if names:
+                raise CheckpointError(
+                    f"{args[0]}: {len(names)} {problem.replace('_', ' ')} ({names[0]}); "
+                    "config.json and weights belong to different models"
+                )
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; a spike-coded model takes its manifest along."""
+        source = self.name_or_path or ""
+        manifest = Path(source) / MANIFEST
+        if self.config.spike_coding is not None and not manifest.is_file():
+            raise CheckpointError(f"no {MANIFEST} in '{source}'; load the model from its folder")
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.config.spike_coding is not None:
+            target = Path(save_directory) / MANIFEST
+            if target.resolve() != manifest.resolve():
+                shutil.copyfile(manifest, target)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -113,6 +147,9 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
         linear: nn.Module = self.model.head.linear
         return linear
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError("the vocabulary is the tokenizer's; train a model for another one")
+
     def forward(
         self,
         input_ids: Tensor,
@@ -121,10 +158,11 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        return_dict: bool = True,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """input_ids [B, T]; attention_mask [B, T or more] is 0 at padding. Logits [B, T, N]
-        (zeros at padding), or those of the last token if logits_to_keep is 1.
+        (zeros at padding), or those of the last `logits_to_keep` tokens.
         """
         T = input_ids.shape[1]
         state = past_key_values.state if past_key_values is not None else None
@@ -134,6 +172,7 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
             logits, state = self._run(input_ids, state, last_only)
         else:
             logits, state = self._run_padded(input_ids, mask, state, last_only)
+        logits = logits[:, -logits_to_keep:]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
@@ -142,12 +181,12 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
             cache = past_key_values if past_key_values is not None else StateCache(state)
             cache.state = state
             cache.seen_tokens += T
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+        return output if return_dict else output.to_tuple()
 
     def _run(self, ids: Tensor, state: State | None, last_only: bool) -> tuple[Tensor, State]:
-        if torch.is_grad_enabled():
-            return self.model(ids, state, last_only=last_only)  # type: ignore[no-any-return]
-        return run(self.model, ids, state, last_only=last_only)
+        eos_id = self.config.eos_token_id
+        return run(self.model, ids, state, eos_id=eos_id, last_only=last_only)
 
     def _run_padded(
         self, ids: Tensor, mask: Tensor, state: State | None, last_only: bool

@@ -63,8 +63,11 @@ class State:
     def put(self, rows: Sequence[int], other: State) -> State:
         """This state with the sequences `rows` replaced by those of `other`."""
         source = {row: self.batch_size + i for i, row in enumerate(rows)}
-        if len(source) != other.batch_size:
-            raise ValueError(f"{other.batch_size} sequences given for rows {list(rows)}")
+        if len(source) != other.batch_size or not set(source) <= set(range(self.batch_size)):
+            raise ValueError(
+                f"{other.batch_size} sequences given for rows {list(rows)} of {self.batch_size}; "
+                "give each sequence a row of its own"
+            )
         merged = State.merge([self, other])
         return merged.take([source.get(row, row) for row in range(self.batch_size)])
 
@@ -80,8 +83,11 @@ class State:
         )
         return State(layers, torch.cat([s.position for s in states]))
 
-    def save(self, path: Path, fingerprint: str) -> None:
-        """Writes a safetensors file that names the model it belongs to."""
+    def save(self, path: str | Path, fingerprint: str) -> None:
+        """Writes a safetensors file that names the model it belongs to (its
+        `Checkpoint.fingerprint`); it appears complete or not at all.
+        """
+        path = Path(path)
         tensors = {
             f"layers.{i}.{name}": tensor.contiguous()
             for i, layer in enumerate(self.layers)
@@ -97,7 +103,7 @@ class State:
         temporary.replace(path)
 
     @staticmethod
-    def load(path: Path, fingerprint: str) -> State:
+    def load(path: str | Path, fingerprint: str) -> State:
         """Reads a state of the model `fingerprint`.
 
         Raises: CheckpointError if the file is missing, damaged or of another model.

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from spikelm.errors import CheckpointError, ConfigError, DataError
@@ -136,6 +136,10 @@ class Tokenizer:
             "split_special_tokens": True,
             "clean_up_tokenization_spaces": False,
         }
+        # In transformers a text gets its start-of-document token as `generate.prompt_ids` gives it.
+        self._backend.post_processor = processors.TemplateProcessing(
+            single=f"{EOS} $A", pair=f"{EOS} $A {EOS} $B", special_tokens=[(EOS, self.eos_id)]
+        )
         (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 

@@ -65,7 +65,7 @@ def create_app(
         yield
         api.worker.close()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", _guarded(api.health)),
             Route("/v1/models", _guarded(api.models)),
@@ -77,6 +77,8 @@ def create_app(
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
+    app.state.stop = api.worker.stop
+    return app
 
 
 @dataclass(frozen=True, slots=True)

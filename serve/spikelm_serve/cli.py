@@ -7,6 +7,7 @@ import ipaddress
 import json
 import signal
 import socket
+from types import FrameType
 
 from spikelm.errors import ConfigError
 
@@ -63,7 +64,14 @@ def main(argv: list[str]) -> int:
     # uvicorn ends by sending itself the signal again; both are a normal end here.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # Streams end at once and say so, instead of being cut when the grace is over.
+            app.state.stop()
+            super().handle_exit(sig, frame)
+
+    Server(config).run(sockets=[listener])
     return 0
 
 

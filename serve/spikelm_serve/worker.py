@@ -50,7 +50,11 @@ class Worker:
             left.set()
             future.cancel()
 
+    def stop(self) -> None:
+        """Ends what runs before its next item, with an error its client is told."""
+        self._closing.set()
+
     def close(self) -> None:
         """Stops what runs and forgets what waits."""
-        self._closing.set()
+        self.stop()
         self._executor.shutdown(wait=True, cancel_futures=True)

@@ -17,12 +17,14 @@ from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Neuron, Spikes
 from spikelm.neurons.integer import integer_counts
 
-# Candidates for k: counts per mean |x|, half an octave apart.
-K_GRID = [2.0 ** (n / 2) for n in range(2, 14)]
-BINS, LARGEST_RATIO = 4096, 16.0
+# Candidates for k: counts per mean |x|, half an octave apart. A vector with one active channel in
+# a thousand has a mean a thousandth of its entries' size and needs k < 1.
+K_GRID = [2.0 ** (n / 2) for n in range(-10, 14)]
+# Histograms are of log2 (|x| / mean|x|); what lies outside belongs to the first or last bin.
+BINS, OCTAVES = 4096, 16
 
 
-class _DeadZones:
+class DeadZones:
     """Probe: histograms of |x| / mean|x|, exact zeros in the first bin."""
 
     def __init__(self) -> None:
@@ -31,16 +33,18 @@ class _DeadZones:
     @torch.no_grad()
     def __call__(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
         ratio = x.abs() / x.abs().mean(-1, keepdim=True).clamp(min=1e-12)
-        histogram = torch.histc(ratio.float(), BINS, 0.0, LARGEST_RATIO)
+        octave = ratio.log2().clamp(-OCTAVES, OCTAVES).float()
+        histogram = torch.histc(octave, BINS, -OCTAVES, OCTAVES)
         self.histograms[neuron.name] = self.histograms.get(neuron.name, 0) + histogram
 
     def quantile(self, name: str, fraction: float) -> float:
-        """The ratio below which `fraction` of the entries lie."""
+        """The ratio that `fraction` of the entries do not exceed; 0 if that many are zero."""
         share = self.histograms[name].cumsum(0) / self.histograms[name].sum()
-        return int((share < fraction).sum()) * LARGEST_RATIO / BINS
+        below = int((share < fraction).sum())
+        return 2.0 ** (2 * OCTAVES * (below + 1) / BINS - OCTAVES) if below else 0.0
 
 
-class _Errors:
+class Errors:
     """Probe: squared error of the integer code for every k of the grid."""
 
     def __init__(self, dead_zones: Mapping[str, float]) -> None:
@@ -75,12 +79,12 @@ def calibrate(
     }
     zones = dict.fromkeys(names, 0.0)
     if any(silence.get(tensor_class) for tensor_class in names.values()):
-        histograms = _DeadZones()
+        histograms = DeadZones()
         for window in windows.split(1):
             model(window, probe=histograms)
         for name, tensor_class in names.items():
             zones[name] = histograms.quantile(name, silence.get(tensor_class, 0.0))
-    errors = _Errors(zones)
+    errors = Errors(zones)
     for window in windows.split(1):
         model(window, probe=errors)
     return {name: (K_GRID[int(errors.errors[name].argmin())], zones[name]) for name in names}

@@ -14,7 +14,7 @@ from spikelm import checkpoint
 from spikelm.coding.meter import Meter, Tally
 from spikelm.config import TENSOR_CLASSES, ModelConfig, NeuronConfig, NeuronsConfig, to_dict
 from spikelm.conversion.calibrate import calibrate
-from spikelm.errors import ConfigError, did_you_mean
+from spikelm.errors import CheckpointError, ConfigError, did_you_mean
 from spikelm.kernels.event import MAX_COUNT
 from spikelm.models.coded import coded_copy
 
@@ -40,6 +40,11 @@ def convert(
         raise ConfigError(f"{source} is spike-coded already; give the float folder it came from")
     if group_size < 1:
         raise ConfigError(f"group size {group_size} given; allowed: 1 or more outputs")
+    broken = [n for n, t in loaded.model.state_dict().items() if not bool(t.isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f"{source}: {broken[0]} holds values that are not finite; convert an earlier checkpoint"
+        )
     silence = dict(silence or {})
     _check_silence(silence, loaded.model.config)
     calibrated = calibrate(loaded.model, windows, silence)
@@ -89,13 +94,13 @@ def _check_silence(silence: Mapping[str, float], config: ModelConfig) -> None:
             raise ConfigError(
                 f"unknown tensor class '{name}'; {did_you_mean(name, TENSOR_CLASSES)}"
             )
+        if not 0 <= fraction < 1:
+            raise ConfigError(f"silence {name}={fraction} given; allowed: 0 <= fraction < 1")
         if name == "queries_keys" or getattr(config.neurons, name).kind != "off":
             raise ConfigError(
                 f"silence for '{name}' given, but its threshold was trained or it feeds no "
                 "weights; silence can be asked for projections whose neuron is off"
             )
-        if not 0 <= fraction < 1:
-            raise ConfigError(f"silence {name}={fraction} given; allowed: 0 <= fraction < 1")
 
 
 def _entry(tally: Tally, calibrated: bool) -> dict[str, Any]:

@@ -45,7 +45,11 @@ def main_eval(argv: list[str]) -> int:
     from spikelm.eval.evaluate import evaluate, xz_bits_per_byte
     from spikelm.eval.tables import evaluation_table
 
-    # A misspelt twin is told at once, not after the first model's minutes.
+    # A misspelt twin or report is told at once, not after the first model's minutes.
+    if args.report:
+        nearest = next(folder for folder in args.report.resolve().parents if folder.exists())
+        if args.report.is_dir() or not nearest.is_dir():
+            raise ConfigError(f"--report {args.report} is not a file's name; give one")
     for path in models.values():
         checkpoint.read_config(Path(path))
     texts = read_documents(args.data) if args.data else builtin_documents("test")
@@ -193,6 +197,9 @@ def first_bytes(documents: Iterable[str], max_bytes: int | None) -> list[str]:
 
 def write_json(file: Path, data: dict[str, Any]) -> None:
     """The file appears complete or not at all."""
+    if file.exists() and not file.is_file():  # /dev/stdout, a pipe
+        file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -112,7 +112,9 @@ def text_ids(tokenizer: Tokenizer, length: int) -> list[int]:
     ids: list[int] = []
     for split in reversed(SPLITS):
         if len(ids) < length:
-            ids += token_stream(tokenizer, builtin_documents(split))[:-1]
+            stream = token_stream(tokenizer, builtin_documents(split))
+            # Without separators, which would empty the state in the middle of the prompt.
+            ids += [token for token in stream if token != tokenizer.eos_id]
     return list(itertools.islice(itertools.cycle(ids), length))
 
 

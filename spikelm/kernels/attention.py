@@ -148,16 +148,15 @@ def _slot_positions(capacity: int, seen: Tensor) -> Tensor:
 
 
 def _store(old: Tensor, new: Tensor, slots: Tensor, seen: Tensor, written: Tensor) -> Tensor:
-    """The slots [B, W] refilled: from `new` where one of the last `written` tokens belongs
-    there, else from `old`.
+    """The slots refilled; `slots` [B, W] is the position each of them holds.
+
+    One of the last `written` positions comes from `new`, an older one from `old`; a slot without
+    one is zero, so a state tells nothing of the document before.
     """
-    source = torch.where(
-        (slots >= seen - written) & (slots < seen),
-        old.shape[1] + new.shape[1] - seen + slots,
-        torch.arange(slots.shape[1], device=old.device),
-    )
-    joined = torch.cat([old, new.to(old.dtype)], 1)
-    # Slots added by growth that no token has reached yet may point past the old ones: any
-    # content will do, `_slot_positions` calls them empty.
-    source = source.clamp(max=joined.shape[1] - 1)
+    order = torch.arange(slots.shape[1], device=old.device)
+    recent = slots >= seen - written
+    source = torch.where(recent, old.shape[1] + new.shape[1] - seen + slots, order) + 1
+    source = source * ((slots >= 0) & (slots < seen))
+    new = new.to(old.dtype)
+    joined = torch.cat([torch.zeros_like(new[:, :1]), old, new], 1)
     return joined.gather(1, source[..., None, None].expand(-1, -1, *old.shape[2:]))

@@ -106,7 +106,8 @@ def _integer_gemm(counts: Tensor, table: Tensor, backend: str) -> Tensor:
     if counts.device.type != "cpu":
         # CUDA's int8 product wants shapes in multiples of 8 and more than 16 rows.
         return counts.double() @ weight.double()
-    return torch._int_mm(counts.to(torch.int8), weight)
+    # Strides of size-1 axes are anything in torch, but the product believes them.
+    return torch._int_mm(counts.to(torch.int8), weight.flatten().view(weight.shape))
 
 
 def _obstacle(backend: str, device_type: str) -> str | None:

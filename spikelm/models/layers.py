@@ -75,7 +75,10 @@ class Linear(nn.Module):
         self.weight.normal_(0.0, self.init_scale * self.weight.shape[1] ** -0.5)
 
     def forward(self, spikes: Spikes) -> Tensor:
-        return F.linear(spikes.values, self.weight)
+        values = spikes.values
+        if self.weight.dtype in (torch.bfloat16, torch.float16):
+            values = values.to(self.weight.dtype)
+        return F.linear(values, self.weight)
 
 
 class Projection(nn.Module):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spikelm.config import ModelConfig
 from spikelm.kernels.activation import sigmoid, silu
@@ -17,6 +16,9 @@ from spikelm.kernels.shift import causal_taps
 from spikelm.models.layers import Context, Projection, RMSNorm, widen
 from spikelm.neurons import Neuron
 from spikelm.state import LayerState
+
+# Added to the squared length of queries and keys.
+UNIT_EPS = 1e-6
 
 
 class DeltaMixer(nn.Module):
@@ -107,7 +109,10 @@ class DeltaMixer(nn.Module):
         """[B, T, H K] -> spiking vectors of unit length [B, T, H, K]."""
         heads = widen(x.unflatten(-1, (self.config.num_heads, self.config.key_dim)))
         spikes, _ = neuron(heads, {}, context.segment, context.probe)
-        return F.normalize(spikes.values, dim=-1)
+        # Under the root, so that an all-silent vector has a finite slope.
+        square = spikes.values.square().sum(-1, keepdim=True)
+        unit: Tensor = spikes.values * torch.rsqrt(square + UNIT_EPS)
+        return unit
 
     def _gates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log_decay [B, T, H, K or 1], erase, write and output gate, from the gate logits."""
@@ -149,7 +154,8 @@ class AttentionMixer(nn.Module):
     def forward(self, x: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
         c = self.config
         projected, kept = self.input(x, state, context)
-        q, k, v = (p.unflatten(-1, (-1, c.head_dim)) for p in projected.split(self.sizes, -1))
+        parts = widen(projected).split(self.sizes, -1)
+        q, k, v = (part.unflatten(-1, (-1, c.head_dim)) for part in parts)
         memory = Memory(state["k"], state["v"], state["sink_k"], state["sink_v"])
         out, memory = attention(
             q,

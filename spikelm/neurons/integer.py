@@ -10,12 +10,14 @@ how many channels are silent apart from how fine the counts are. C channels.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 MIN_THRESHOLD, MAX_THRESHOLD = 1e-5, 1e4
+MIN_K = 1e-3
 # Width of the band around the dead zone's edge that its gradient sees, in units of mean|x|.
 DEAD_ZONE_BAND = 0.2
 
@@ -28,13 +30,19 @@ def integer_counts(
     k is a scalar, dead_zone [C] is in units of the token's mean |x|. Ties round to even.
     """
     mean = x.abs().mean(-1, keepdim=True)
-    v_threshold = (mean / k).clamp(MIN_THRESHOLD, MAX_THRESHOLD)
+    # A learned k must not reach 0.
+    v_threshold = (mean / k.clamp(min=MIN_K)).clamp(MIN_THRESHOLD, MAX_THRESHOLD)
     counts = torch.round(x / v_threshold)
     counts = counts * (x.abs() > dead_zone * mean)
     if max_count is not None or unsigned:
-        low = 0 if unsigned else -(max_count or 0)
-        counts = counts.clamp(low, max_count)
+        counts = counts.clamp(*_limits(max_count, unsigned))
     return counts, v_threshold
+
+
+def _limits(max_count: int | None, unsigned: bool) -> tuple[float, float]:
+    """The lowest and the highest count."""
+    high = math.inf if max_count is None else max_count
+    return (0.0 if unsigned else -high), high
 
 
 class _IntegerSpike(torch.autograd.Function):
@@ -58,6 +66,7 @@ class _IntegerSpike(torch.autograd.Function):
         elif unsigned:
             inside = x >= 0
         learned = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.max_count, ctx.unsigned = max_count, unsigned
         ctx.save_for_backward(inside, *((x, k, dead_zone, counts, v_threshold) if learned else ()))
         ctx.mark_non_differentiable(counts, v_threshold)
         return counts * v_threshold, counts, v_threshold
@@ -72,13 +81,16 @@ class _IntegerSpike(torch.autograd.Function):
         grad_k = grad_zone = None
         if learned:
             x, k, dead_zone, counts, v_threshold = learned
-            clipped = torch.zeros_like(x, dtype=torch.bool) if inside is None else ~inside
-            error = torch.where(clipped | (counts == 0), counts, counts - x / v_threshold)
+            magnitude, mean = x.abs(), x.abs().mean(-1, keepdim=True)
+            beyond = magnitude - dead_zone * mean
+            fixed = beyond <= 0 if inside is None else (beyond <= 0) | ~inside
+            error = torch.where(fixed, counts, counts - x / v_threshold)
             grad_k = (grad * error * -v_threshold / k).sum().reshape(k.shape)
-            mean = x.abs().mean(-1, keepdim=True)
-            near = (x.abs() - dead_zone * mean).abs() < DEAD_ZONE_BAND / 2 * mean
-            slope = torch.where(near & ~clipped, -x / DEAD_ZONE_BAND, torch.zeros_like(x))
-            grad_zone = (grad * slope).flatten(0, -2).sum(0)
+            # The value an entry jumps to at the edge: its own, or that of the clip.
+            low, high = _limits(ctx.max_count, ctx.unsigned)
+            jump = torch.clamp(x / v_threshold, low, high) * v_threshold
+            near = beyond.abs() < DEAD_ZONE_BAND / 2 * mean
+            grad_zone = (grad * jump * near / -DEAD_ZONE_BAND).flatten(0, -2).sum(0)
         return grad_x, grad_k, grad_zone, None, None
 
 
@@ -89,9 +101,9 @@ def integer_spike(
 
     x: straight through inside the clip range (the dead zone included), zero outside it.
     k: as for a learned step size (Esser et al. 2020): d value / d v_threshold is
-    count - x / v_threshold for counted entries, +-max_count for clipped ones, 0 in the dead zone.
-    dead_zone: d/d theta of x [|x| > theta] with a rectangle of width DEAD_ZONE_BAND in place of
-    the delta function (JumpReLU, Rajamanoharan et al. 2024).
+    count - x / v_threshold for rounded entries, the count for clipped ones, 0 in the dead zone.
+    dead_zone: d/d theta of value [|x| > theta] with a rectangle of width DEAD_ZONE_BAND in place
+    of the delta function (JumpReLU, Rajamanoharan et al. 2024).
     """
     if not torch.is_grad_enabled():
         counts, v_threshold = integer_counts(x, k, dead_zone, max_count, unsigned)

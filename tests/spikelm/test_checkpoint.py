@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from spikelm import checkpoint
 from spikelm.config import ModelConfig
@@ -92,6 +93,25 @@ def test_other_models_tokenizer(broken: Path) -> None:
     Tokenizer.train_bpe(["some text to learn from " * 50], 270).save(broken)
     with pytest.raises(CheckpointError, match="is not the model's"):
         checkpoint.load(broken)
+
+
+@pytest.mark.parametrize(
+    "coding", ["x", 5, {"bits": 8}, {"bits": 4, "group_size": 1}, {"bits": 8, "group_size": 0}]
+)
+def test_damaged_spike_coding(coded_folder: Path, tmp_path: Path, coding: Any) -> None:
+    folder = Path(shutil.copytree(coded_folder, tmp_path / "broken"))
+    edit_config(folder, spike_coding=coding)
+    with pytest.raises(CheckpointError, match="allowed: bits 8 and group_size 1 or more"):
+        checkpoint.load(folder)
+
+
+def test_float_weights_where_integers_belong(coded_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(coded_folder, tmp_path / "broken"))
+    tensors = load_file(folder / "model.safetensors")
+    floats = {n: t.float() for n, t in tensors.items()}
+    save_file(floats, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"is torch.float32, expected torch.int8"):
+        checkpoint.load(folder)
 
 
 def test_bad_config(broken: Path) -> None:

@@ -89,12 +89,12 @@ def test_yaml_round_trip(original: ModelConfig, tmp_path: Path) -> None:
         ({"attention": None}, "attention: expected keys and values, got None"),
         ([1], "configuration: expected keys and values, got [1]"),
         ({"attention": {"num_heads": 3, "num_kv_heads": 2}}, "attention: num_heads 3 is not a"),
-        ({"attention": {"head_dim": 33}}, "attention: head_dim: 33 given; allowed: even when RoPE"),
-        ({"attention": {"sinks": -1}}, "attention: sinks: -1 given; allowed: an integer >= 0"),
-        ({"delta": {"decay_floor": 0.5}}, "delta: decay_floor: 0.5 given; allowed: -2 <= floor"),
-        ({"ffn": {"hidden_dim": 0}}, "ffn: hidden_dim: 0 given; allowed: an integer >= 1"),
+        ({"attention": {"head_dim": 33}}, "attention.head_dim: 33 given; allowed: even when RoPE"),
+        ({"attention": {"sinks": -1}}, "attention.sinks: -1 given; allowed: an integer >= 0"),
+        ({"delta": {"decay_floor": 0.5}}, "delta.decay_floor: 0.5 given; allowed: -2 <= floor"),
+        ({"ffn": {"hidden_dim": 0}}, "ffn.hidden_dim: 0 given; allowed: an integer >= 1"),
         ({"neurons": {"ffn_hidden": {"kind": "integr"}}}, "did you mean 'integer'?"),
-        ({"neurons": {"ffn_hidden": {"k": 0}}}, "neurons.ffn_hidden: k: 0.0 given; allowed: a nu"),
+        ({"neurons": {"ffn_hidden": {"k": 0}}}, "neurons.ffn_hidden.k: 0.0 given; allowed: a nu"),
         (
             {"neurons": {"ffn_hidden": {"max_count": 128}}},
             "max_count: 128 given; allowed: 1 to 127",
@@ -162,7 +162,7 @@ def test_find_config_suggests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert find_config("models", "tiny") == tmp_path / "configs/models/tiny.yaml"
     assert load_model_config("both").width == 16
     assert find_config("models", str(tmp_path / "configs/models/tiny.yaml")).is_file()
-    with pytest.raises(ConfigError, match=r"model preset: 'tniy'; did you mean 'tiny'\?"):
+    with pytest.raises(ConfigError, match=r"preset \(models\): 'tniy'; did you mean 'tiny'\?"):
         find_config("models", "tniy")
 
 

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from spikelm import checkpoint
-from spikelm.errors import ConfigError
+from spikelm.errors import CheckpointError, ConfigError
 from spikelm.generate import Engine, prompt_ids, stream_text
 from spikelm.sampling import SamplingParams
 
@@ -104,6 +106,22 @@ def test_beams_and_several_sequences(model: Any) -> None:
     assert several.shape[0] == 4
 
 
+def test_cached_beams_equal_uncached_ones(model: Any) -> None:
+    """Beams change places on the way, and two prompts must not mix."""
+    ids = torch.tensor([list(range(65, 75)), list(range(80, 90))])
+    settings = {"num_beams": 4, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    cached = model.generate(ids, use_cache=True, **settings)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
+
+
+def test_output_options(model: Any) -> None:
+    ids = torch.arange(12)[None]
+    assert model(ids, logits_to_keep=3).logits.shape[1] == 3
+    assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
+    with pytest.raises(ConfigError, match="vocabulary is the tokenizer's"):
+        model.resize_token_embeddings(300)
+
+
 def test_loss_has_gradients(float_folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(float_folder)
     ids = torch.randint(0, 257, (2, 20))
@@ -119,4 +137,21 @@ def test_auto_classes_know_the_model(folder: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(folder)
     assert config.num_hidden_layers == 2
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert tokenizer("Hello").input_ids == checkpoint.load(folder).tokenizer.encode("Hello")
+    # The start of a document stands in front, as in the engine.
+    assert tokenizer("Hello").input_ids == prompt_ids(checkpoint.load(folder).tokenizer, "Hello")
+
+
+def test_damaged_folders_are_refused(float_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(float_folder, tmp_path / "broken"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.embedding.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"1 missing keys \(model.embedding.weight\)"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_saved_spike_coded_model_loads_everywhere(coded_folder: Path, tmp_path: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(coded_folder)
+    model.save_pretrained(tmp_path)
+    checkpoint.load(coded_folder).tokenizer.save(tmp_path)
+    assert checkpoint.load(tmp_path).manifest == checkpoint.load(coded_folder).manifest

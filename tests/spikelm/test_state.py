@@ -42,6 +42,8 @@ def test_put_replaces_rows() -> None:
     assert same(put.take([0, 2]), a.take([0, 2]))
     with pytest.raises(ValueError, match="2 sequences given"):
         a.put([1], b)
+    with pytest.raises(ValueError, match=r"rows \[1, 4\] of 4"):
+        a.put([1, 4], b)
 
 
 def test_growing_caches_are_padded() -> None:

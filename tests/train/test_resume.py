@@ -5,9 +5,11 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from spikelm.cli import main
 from spikelm.errors import CheckpointError, ConfigError
 from spikelm_train.config import TrainConfig, load_recipe
 from spikelm_train.resume import (
@@ -135,3 +137,30 @@ def test_interruption_notes_the_first_signal_and_restores(number: signal.Signals
         assert interruption.signum == number
         assert signal.getsignal(number) is before, "a second one acts at once"
     assert signal.getsignal(number) is before
+
+
+def test_a_folder_with_files_of_its_own_is_refused(tmp_path: Path, capsys: Any) -> None:
+    for name, text in (("config.yaml", "other: 1\n"), ("data/notes.txt", "mine")):
+        out = tmp_path / name.partition(".")[0].replace("/", "-")
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+        for extra in ([], ["--fresh"]):
+            assert main(["train", "demo", "--out", str(out), *extra]) == 2
+            assert "no training run put there" in capsys.readouterr().err
+        assert (out / name).read_text() == text
+        assert len(list(out.rglob("*"))) == len(Path(name).parts)
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path: Path, capsys: Any) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    arguments = ["train", "demo", "--out", str(tmp_path / "run"), "--data", str(empty)]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_larger_than_the_machine_is_refused(tmp_path: Path, capsys: Any) -> None:
+    arguments = ["train", "demo", "--out", str(tmp_path / "run"), "--set", "model.width=50000000"]
+    assert main(arguments) == 2
+    assert "GB are here; lower model.width" in capsys.readouterr().err

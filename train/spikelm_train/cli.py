@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from spikelm.config import ModelConfig, to_dict
+from spikelm.doctor import memory_bytes
+from spikelm.errors import ConfigError
 from spikelm_train.config import TrainConfig, load_recipe
 
 
@@ -53,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     config = load_recipe(arguments.recipe, arguments.set, arguments.data)
+    if arguments.out == Path():
+        raise ConfigError("--out is empty; name a folder for the run and its model")
+    check_memory(config)
     if arguments.dry_run:
         print(describe(config))
         return 0
@@ -93,6 +98,24 @@ def describe(config: TrainConfig) -> str:
     }
     lines = [f"{name + ':':17}{value}" for name, value in numbers.items()]
     return yaml.safe_dump(to_dict(config), sort_keys=False) + "\n" + "\n".join(lines)
+
+
+def check_memory(config: TrainConfig) -> None:
+    """Raises: ConfigError for a run that this machine cannot hold."""
+    import torch
+
+    from spikelm_train.loop import resolve_precision
+
+    if torch.cuda.is_available():
+        return
+    parameters = count_parameters(config.model)
+    needed = estimate_bytes(config, parameters, resolve_precision(config.precision))
+    present = memory_bytes()
+    if present is not None and needed > present:
+        raise ConfigError(
+            f"the run needs about {needed / 1e9:,.0f} GB and {present / 1e9:,.0f} GB are here; "
+            "lower model.width, micro_batch_size, data.sequence_length or tokenizer.vocab_size"
+        )
 
 
 def count_parameters(config: ModelConfig) -> int:

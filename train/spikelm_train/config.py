@@ -190,6 +190,7 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
         for name in ("eval_every", "save_every", "sample_every", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "an integer >= 0")
+        _require(self.seed < 2**63, "seed", self.seed, "an integer below 2^63")
         for name in ("l1_hidden", "silence_rate"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
         seconds = self.max_seconds

@@ -88,10 +88,13 @@ def train(config: TrainConfig, out: Path, *, fresh: bool, stream: TextIO) -> int
                     f"{out} is finished after {position.step} steps; --fresh starts it over\n"
                 )
             return 0
-        corpus = prepare(config, out / "data")
+        begins = is_main and position is None
+        with resume.discarding(out, begins):
+            corpus = prepare(config, out / "data")
     reporter = Reporter(out, stream, position.step if position else 0) if is_main else None
     try:
-        trainer = Trainer(config, out, corpus, accelerator, reporter)
+        with resume.discarding(out, begins):
+            trainer = Trainer(config, out, corpus, accelerator, reporter)
         if position:
             trainer.load(position)
         return trainer.run()

@@ -66,8 +66,11 @@ def claim(out: Path, config: TrainConfig, *, fresh: bool, num_processes: int) ->
     Raises: ConfigError for a folder that is not writable, another model's, or a run of another
     recipe or number of processes.
     """
-    if not (out / CONFIG).exists() and any((out / name).exists() for name in MODEL_FILES):
-        raise ConfigError(f"{out} holds a model that no training run put there; use another --out")
+    foreign = [name for name in MODEL_FILES + RUN_FILES if (out / name).exists()]
+    if foreign and not _is_run(out):
+        raise ConfigError(
+            f"{out} holds {foreign[0]}, which no training run put there; use another --out"
+        )
     try:
         if fresh and (out / CONFIG).exists():
             _remove(out, RUN_FILES + MODEL_FILES)
@@ -86,6 +89,28 @@ def claim(out: Path, config: TrainConfig, *, fresh: bool, num_processes: int) ->
             "start as many, or use another --out or --fresh"
         )
     return position
+
+
+@contextlib.contextmanager
+def discarding(out: Path, begins: bool) -> Iterator[None]:
+    """If this fails at the beginning of a run, what the run wrote goes, and its empty folder."""
+    try:
+        yield
+    except BaseException:
+        if begins:
+            _remove(out, RUN_FILES)
+            with contextlib.suppress(OSError):
+                out.rmdir()
+        raise
+
+
+def _is_run(out: Path) -> bool:
+    """Whether `config.yaml` is a resolved recipe, as only a run writes it."""
+    try:
+        saved = load_yaml(out / CONFIG)
+    except ConfigError:
+        return False
+    return {"model", "tokenizer", "data", "optim"} <= saved.keys()
 
 
 def _check_same(out: Path, config: TrainConfig) -> None:

@@ -131,6 +131,18 @@ def test_packed_documents(window: int | None, sinks: int) -> None:
         torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_nothing_of_the_document_before_is_remembered(window: int | None) -> None:
+    q, k, v = inputs(20)
+    reset = torch.zeros(B, 20, dtype=torch.bool)
+    reset[:, 17] = True
+    _, packed = run(q, k, v, window=window, sinks=4, rope=50.0, reset=reset)
+    _, alone = run(q[:, 17:], k[:, 17:], v[:, 17:], window=window, sinks=4, rope=50.0)
+    for a, b in ((packed.k, alone.k), (packed.v, alone.v), (packed.sink_k, alone.sink_k)):
+        torch.testing.assert_close(a[:, : b.shape[1]], b)
+        assert not a[:, b.shape[1] :].any()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     cuts=st.lists(st.integers(1, 25), max_size=5),
@@ -147,6 +159,25 @@ def test_any_split_carries_the_memory(
     torch.testing.assert_close(after.k[:, : memory.k.shape[1]], memory.k)
     torch.testing.assert_close(after.sink_v, memory.sink_v)
     torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("G", "K", "window"), [(3, 64, 128), (2, 24, 37)])
+def test_a_row_of_one_token_does_not_depend_on_its_batch(G: int, K: int, window: int) -> None:
+    rows = 5
+    q, k, v = torch.randn(3, rows, 1, G, K).unbind()
+    ring = torch.randn(2, rows, window, G, K).unbind()
+    sink = torch.randn(2, rows, 4, G, K).unbind()
+    position = torch.tensor([[0], [9], [36], [500], [120]])
+
+    def step(keep: slice) -> Tensor:
+        memory = Memory(ring[0][keep], ring[1][keep], sink[0][keep], sink[1][keep])
+        return attention(
+            q[keep], k[keep], v[keep], memory, position[keep], window=window, rope_theta=1e4
+        )[0]
+
+    together = step(slice(None))
+    for row in range(rows):
+        assert torch.equal(step(slice(row, row + 1)), together[row : row + 1])
 
 
 def test_the_window_counts_the_query_itself() -> None:

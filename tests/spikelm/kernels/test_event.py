@@ -34,6 +34,15 @@ def test_every_backend_gives_the_exact_integers(
 
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("R", [1, 20])
+def test_one_input_neuron_of_any_strides(backend: str, R: int) -> None:
+    weight = torch.arange(-2, 3, dtype=torch.int8)[:, None].T
+    assert weight.stride() == (1, 1)
+    out = event.product(torch.full((R, 1), 3.0), event.pack(weight, backend), backend)
+    assert out.tolist() == [[-6, -3, 0, 3, 6]] * R
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("R", [1, 20])
 def test_sums_beyond_float32_stay_exact(backend: str, R: int) -> None:
     weight = torch.full((4001, 3), 127, dtype=torch.int8)
     counts = torch.full((R, 4001), 127.0)

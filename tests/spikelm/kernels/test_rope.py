@@ -22,3 +22,10 @@ def test_products_depend_on_the_distance_only() -> None:
         return (rotate(q, torch.tensor(i), 1e4) * rotate(k, torch.tensor(j), 1e4)).sum()
 
     torch.testing.assert_close(product(7, 3), product(100_007, 100_003), rtol=1e-9, atol=1e-9)
+
+
+def test_angles_stay_exact_far_out_in_float32() -> None:
+    x = torch.randn(1, 1, 8)
+    far = torch.tensor([10_000_019])
+    expected = rotate(x.double(), far, 1e4)
+    torch.testing.assert_close(rotate(x, far, 1e4).double(), expected, rtol=1e-5, atol=1e-5)

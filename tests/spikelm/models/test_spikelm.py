@@ -76,9 +76,10 @@ def test_any_split_of_packed_documents(
     model = build(tiny_config(**VARIANTS[data.draw(st.sampled_from(sorted(VARIANTS)))]))
     ids = tokens(2, sum(lengths))
     reset = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.1
-    whole, _ = model(ids, reset=reset)
-    pieces, _ = in_pieces(model, ids, lengths, reset)
+    whole, state = model(ids, reset=reset)
+    pieces, after = in_pieces(model, ids, lengths, reset)
     torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
+    assert_same_state(after, state)
 
 
 def test_packed_documents_equal_separate_ones(tiny_config: Make) -> None:
@@ -91,9 +92,10 @@ def test_packed_documents_equal_separate_ones(tiny_config: Make) -> None:
     assert state.position.item() == 36
 
 
-def test_gradients_flow_through_a_carried_state(tiny_config: Make) -> None:
+@pytest.mark.parametrize("variant", ["flagship", "dense", "full", "lif", "kda"])
+def test_gradients_flow_through_a_carried_state(variant: str, tiny_config: Make) -> None:
     """Two pieces with the state between them give the gradients of one."""
-    model = build(tiny_config(neurons=NeuronsConfig()))
+    model = build(tiny_config(**VARIANTS[variant]))
     ids = tokens(1, 40)
     weights = torch.randn(1, 40, 257, dtype=torch.float64)
     grads = []
@@ -102,9 +104,37 @@ def test_gradients_flow_through_a_carried_state(tiny_config: Make) -> None:
         model.zero_grad()
         (logits * weights).sum().backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
-    assert len(grads[0]) == len(list(model.parameters()))
+    assert len(grads[0]) == sum(p.requires_grad for p in model.parameters())
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "neurons",
+    [
+        NeuronsConfig(mixer_input=NeuronConfig(kind="lif", v_threshold=50.0)),
+        NeuronsConfig(queries_keys=NeuronConfig(kind="integer", dead_zone=9.0)),
+    ],
+)
+def test_gradients_stay_finite_where_all_is_silent(
+    neurons: NeuronsConfig, tiny_config: Make
+) -> None:
+    model = LanguageModel(tiny_config(neurons=neurons)).initialise(0)
+    model(tokens(2, 64))[0].square().mean().backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert norm < 1e4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters(dtype: torch.dtype, tiny_config: Make) -> None:
+    for variant in ("dense", "flagship", "full"):
+        model = LanguageModel(tiny_config(**VARIANTS[variant])).initialise(0).eval()
+        expected, _ = model(tokens(1, 20))
+        logits, state = model.to(dtype)(tokens(1, 20))
+        assert logits.dtype == dtype
+        assert state.layers[0].get("S", torch.zeros(1)).dtype == torch.float32
+        if variant != "flagship":  # whose spikes may differ
+            assert (logits.float() - expected).norm() < 0.2 * expected.norm()
 
 
 def test_later_tokens_never_change_earlier_logits(tiny_config: Make) -> None:

@@ -66,8 +66,8 @@ def test_gradient_to_k_is_that_of_a_learned_step() -> None:
     integer_spike(x, k, NO_ZONE, 7, False)[0].backward(tensor(1.0, 1.0, 1.0, 1.0))
     v = x.abs().mean().item() / 3
     counts, _ = integer_counts(x, K3, NO_ZONE, 7, False)
-    # d value / d v: count - x / v for the two counted entries, -7 for the clipped one.
-    per_v = sum(c - xi / v for c, xi in ((-1, -0.75), (2, 1.05))) - 7
+    # d value / d v: count - x / v for the three rounded entries, -7 for the clipped one.
+    per_v = sum(c - xi / v for c, xi in ((0, 0.25), (-1, -0.75), (2, 1.05))) - 7
     assert counts.tolist() == [[0, -1, 2, -7]]
     torch.testing.assert_close(k.grad, torch.tensor(per_v * -v / 3, dtype=torch.float64))
 
@@ -79,3 +79,24 @@ def test_gradient_to_the_dead_zone_sees_a_band_around_its_edge() -> None:
     assert zone.grad is not None
     expected = [0.0, -1.0 / DEAD_ZONE_BAND, 1.04 / DEAD_ZONE_BAND, -0.96 / DEAD_ZONE_BAND]
     torch.testing.assert_close(zone.grad, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_entries_in_the_dead_zone_leave_k_alone() -> None:
+    k = K3.clone().requires_grad_()
+    zone = torch.full((4,), 9.0, dtype=torch.float64)
+    integer_spike(tensor(0.2, 0.1, 1.0, -2.0), k, zone, None, False)[0].sum().backward()
+    assert k.grad == 0
+
+
+def test_the_dead_zone_learns_under_a_tight_clip() -> None:
+    # Ternary with v_threshold = 1/3: past the edge the value jumps to 1/3, not to x.
+    zone = torch.tensor([1.0], dtype=torch.float64, requires_grad=True)
+    integer_spike(tensor(1.0, -1.0), K3, zone.expand(2), 1, False)[0].backward(tensor(1.0, -1.0))
+    torch.testing.assert_close(zone.grad, torch.tensor([-2 / 3 / DEAD_ZONE_BAND]).double())
+
+
+def test_k_never_reaches_zero() -> None:
+    counts, v = integer_counts(torch.ones(1, 3), torch.tensor(-5.0), torch.zeros(3), None, False)
+    # k stands at its least, 1/1000: one count is worth a thousand times the mean.
+    assert not counts.any()
+    torch.testing.assert_close(v.item(), 1000.0)

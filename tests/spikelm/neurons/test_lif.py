@@ -12,8 +12,10 @@ from spikelm.kernels import reference
 from spikelm.neurons.lif import lif
 
 
-def config(reset: Literal["zero", "subtract"], detach: bool = False) -> NeuronConfig:
-    return NeuronConfig(kind="lif", reset=reset, detach_reset=detach)
+def config(
+    reset: Literal["zero", "subtract"], detach: bool = False, **fields: float
+) -> NeuronConfig:
+    return NeuronConfig(kind="lif", reset=reset, detach_reset=detach, **fields)  # type: ignore[arg-type]
 
 
 def test_a_trace_by_hand() -> None:
@@ -36,9 +38,9 @@ def test_equals_the_loop(reset: Literal["zero", "subtract"], T: int, packed: boo
     v = torch.randn(2, 3, dtype=torch.float64)
     starts = torch.rand(2, T) < 0.1 if packed else None
     segment = starts.long().cumsum(1) if starts is not None else None
-    spikes, after = lif(x, v, config(reset), segment)
+    spikes, after = lif(x, v, config(reset, tau=1.7, v_threshold=0.8), segment)
     expected, expected_after = reference.lif(
-        x, v, tau=2.0, v_threshold=1.0, hard_reset=reset == "zero", reset=starts
+        x, v, tau=1.7, v_threshold=0.8, hard_reset=reset == "zero", reset=starts
     )
     assert torch.equal(spikes, expected)
     torch.testing.assert_close(after, expected_after)
@@ -62,6 +64,16 @@ def test_any_split_carries_the_membrane(lengths: list[int], detach: bool) -> Non
         assert a is not None
         assert b is not None
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_through_the_soft_reset_by_hand() -> None:
+    # One token, x = 3: v = 1.5 fires, then v - s. d v / d x = (1 - slope(0.5)) / 2 undetached.
+    slope = 1 / (1 + (torch.pi * 0.5) ** 2)
+    for detach, expected in ((True, 0.5), (False, 0.5 * (1 - slope))):
+        x = torch.tensor([[[3.0]]], dtype=torch.float64, requires_grad=True)
+        _, v = lif(x, torch.zeros(1, 1, dtype=torch.float64), config("subtract", detach))
+        (grad,) = torch.autograd.grad(v.sum(), x)
+        torch.testing.assert_close(grad.item(), expected)
 
 
 def test_gradient_through_the_reset_by_hand() -> None:
