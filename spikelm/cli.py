@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     _configure_logging(debug)
     # Idle OpenMP threads spin for milliseconds by default: on a busy machine training then falls to
-    # a fraction of its speed. A thousand turns cost nothing on a quiet one (docs/benchmarks.md).
+    # a fraction of its speed. A thousand turns cost nothing on a quiet one (docs/experiments.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         return run(arguments[options], arguments[options + 1 :])

@@ -356,38 +356,47 @@ def split_documents(
     """(train, validation): at least `validation_fraction` of the characters are held out.
 
     Documents over 64 Ki characters are first cut into blocks at paragraph borders, so that a
-    single book has a held-out part. The side of a block depends on the hash of its text alone
-    and the fraction; equal texts are on the same side. Order is kept.
+    single book has a held-out part; where that is not enough, the text is cut into twenty. The
+    side of a block depends on the hash of its text alone and the fraction; equal texts are on the
+    same side. Order is kept.
 
     Raises: DataError if either side would be empty.
     """
     if not 0 < validation_fraction < 1:
         raise DataError(f"validation fraction: {validation_fraction} given; allowed: 0 < f < 1")
-    blocks = [block for document in documents for block in _blocks(document)]
-    goal = validation_fraction * sum(map(len, blocks))
-    held_out: set[str] = set()
-    held = 0
+    texts = list(documents)
+    total = sum(map(len, texts))
+    for limit in (BLOCK_CHARACTERS, max(256, total // 20)):
+        blocks = [block for text in texts for block in _blocks(text, limit)]
+        held_out = _held_out(blocks, validation_fraction * total)
+        train = [block for block in blocks if block not in held_out]
+        if train and held_out:
+            return train, [block for block in blocks if block in held_out]
+    raise DataError(
+        f"{total} characters in {len(texts)} document(s) cannot be split into training and "
+        "validation text; give more text"
+    )
+
+
+def _held_out(blocks: Sequence[str], goal: float) -> set[str]:
+    """Texts of at least `goal` characters, in the order of their hashes."""
     counts: dict[str, int] = {}
     for block in blocks:
         counts[block] = counts.get(block, 0) + 1
+    chosen: set[str] = set()
+    held = 0
     for block in sorted(counts, key=_digest):
         if held >= goal:
             break
-        held_out.add(block)
+        chosen.add(block)
         held += len(block) * counts[block]
-    train = [block for block in blocks if block not in held_out]
-    if not train or not held_out:
-        raise DataError(
-            f"{len(counts)} different document(s) cannot be split into training and validation "
-            "text; give more text, or validation files of their own"
-        )
-    return train, [block for block in blocks if block in held_out]
+    return chosen
 
 
-def _blocks(text: str) -> Iterator[str]:
-    size = math.ceil(len(text) / max(1, math.ceil(len(text) / BLOCK_CHARACTERS)))
+def _blocks(text: str, limit: int) -> Iterator[str]:
+    size = math.ceil(len(text) / max(1, math.ceil(len(text) / limit)))
     start = 0
-    while len(text) - start > BLOCK_CHARACTERS:
+    while len(text) - start > limit:
         stop = start + size
         for border in ("\n\n", "\n", " "):
             cut = text.rfind(border, start + size // 2, stop)

@@ -1,4 +1,4 @@
-"""Command-line options that `generate` and `chat` share."""
+"""Command-line options that several commands share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from spikelm.generate import Engine
     from spikelm.sampling import SamplingParams
     from spikelm_serve.answer import Meter
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend",
+        default="auto",
+        help="event-driven implementation of spike-coded models (%(default)s; see doctor)",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

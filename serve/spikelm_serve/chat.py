@@ -7,7 +7,13 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING
 
-from spikelm_serve.arguments import add_sampling, sampling_params, stats, use_utf8
+from spikelm_serve.arguments import (
+    add_backend,
+    add_sampling,
+    sampling_params,
+    stats,
+    use_utf8,
+)
 
 if TYPE_CHECKING:
     from spikelm_serve.conversation import Conversation
@@ -23,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
     add_sampling(parser)
+    add_backend(parser)
     return parser
 
 
@@ -35,7 +42,7 @@ def main(argv: list[str]) -> int:
 
     params = sampling_params(args)
     use_utf8()
-    checkpoint = load(args.model)
+    checkpoint = load(args.model, backend=args.backend)
     template = ChatTemplate.load(checkpoint.path)
     print(f"{checkpoint.name}: {HELP}")
     return talk(Conversation(Engine(checkpoint), template, params, args.stop))

@@ -10,6 +10,7 @@ import socket
 from types import FrameType
 
 from spikelm.errors import ConfigError
+from spikelm_serve.arguments import add_backend
 
 GRACE_SECONDS = 5
 
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=2_000_000,
         help="largest request body (%(default)s)",
     )
+    add_backend(parser)
     return parser
 
 
@@ -44,7 +46,7 @@ def main(argv: list[str]) -> int:
     from spikelm_serve.app import create_app
     from spikelm_serve.template import ChatTemplate
 
-    checkpoint = load(args.model)
+    checkpoint = load(args.model, backend=args.backend)
     name = args.model_name or checkpoint.name
     app = create_app(
         Engine(checkpoint),

@@ -6,7 +6,13 @@ import argparse
 import json
 import sys
 
-from spikelm_serve.arguments import add_sampling, sampling_params, stats, use_utf8
+from spikelm_serve.arguments import (
+    add_backend,
+    add_sampling,
+    sampling_params,
+    stats,
+    use_utf8,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
     parser.add_argument("--prompt", required=True, help="text to continue; - reads stdin")
     add_sampling(parser)
+    add_backend(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     return parser
 
@@ -30,7 +37,7 @@ def main(argv: list[str]) -> int:
     params = sampling_params(args)
     use_utf8()
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    engine = Engine(load(args.model))
+    engine = Engine(load(args.model, backend=args.backend))
     ids = prompt_ids(engine.tokenizer, prompt)
     meter = Meter(prompt_tokens=len(ids))
     pieces: list[str] = []

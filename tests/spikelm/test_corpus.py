@@ -305,7 +305,7 @@ def test_split_documents_refuses_the_fraction(fraction: float) -> None:
 )
 def test_blocks_join_to_the_document(pieces: list[tuple[str, int]]) -> None:
     text = "".join(piece * count for piece, count in pieces)
-    blocks = list(corpus._blocks(text))
+    blocks = list(corpus._blocks(text, corpus.BLOCK_CHARACTERS))
     assert "".join(blocks) == text
     assert all(0 < len(block) <= corpus.BLOCK_CHARACTERS for block in blocks)
 
@@ -320,3 +320,10 @@ def test_read_shared_data() -> None:
     assert 0.1 <= sum(map(len, validation)) / len(text) < 0.16
     questions = read_documents([f"{folder}/gsm8k/*.jsonl.xz"], text_key="question")
     assert sum(1 for _ in questions) == 7_473 + 1_319
+
+
+def test_split_documents_cuts_a_short_text_that_stands_alone() -> None:
+    text = "".join(f"Sentence {i} of a short text.\n\n" for i in range(200))
+    train, validation = split_documents([text], 0.02)
+    assert sum(map(len, train + validation)) == len(text)
+    assert 0.02 * len(text) <= sum(map(len, validation)) < 0.12 * len(text)
