@@ -20,7 +20,6 @@ EXTRAS = {
     "transformers": "hf",
     "datasets": "data",
     "pyarrow": "data",
-    "zstandard": "data",
     "starlette": "serve",
     "uvicorn": "serve",
     "jinja2": "serve",

@@ -114,8 +114,7 @@ def stream_text(
     still complete. The end-of-document token and a stop string end the text without being part
     of it. An empty prompt starts a document. The last chunk, and only it, has a finish reason.
     """
-    generation = Generation(engine, prompt, params, stop)
-    yield from generation
+    yield from Generation(engine, prompt, params, stop)
 
 
 class Generation:
