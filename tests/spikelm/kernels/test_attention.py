@@ -120,15 +120,19 @@ def check(T: int, window: int | None, sinks: int, rope: float | None) -> None:
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (7, 2)])
-def test_packed_documents(window: int | None, sinks: int) -> None:
-    tensors = inputs(63)
+def test_packed_documents_with_gradients(window: int | None, sinks: int) -> None:
+    tensors = [x.requires_grad_() for x in inputs(63)]
     reset = torch.rand(B, 63, generator=torch.Generator().manual_seed(3)) < 0.08
+    weights = torch.randn(B, 63, H, K, dtype=torch.float64)
     expected = reference.attention(
         *tensors, window=window, sinks=sinks, rope_theta=50.0, reset=reset
     )
+    expected_grads = torch.autograd.grad((expected * weights).sum(), tensors)
     for lengths in ((), (1, 20, 7, 1)):
         out, _ = run(*tensors, window=window, sinks=sinks, rope=50.0, reset=reset, lengths=lengths)
         torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        grads = torch.autograd.grad((out * weights).sum(), tensors)
+        torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("window", [None, 7])
