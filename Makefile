@@ -8,6 +8,10 @@ STAMP := .venv/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
+# Implementations by others that tests compare with. Without their dependencies, which would bring
+# another torch; a test that misses one is skipped.
+ORACLES := spikingjelly loguru rwkv fla-core einops
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format types imports unit test-gpu docs build clean
 
@@ -51,7 +55,7 @@ clean: ## remove build products and caches, but neither .venv nor runs/
 	@rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	@find spikelm train serve tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "spikelm needs Python 3.11 or newer, but $(PYTHON) is $$($(PYTHON) --version 2>&1); name another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@echo "installing into .venv; the first time takes a few minutes"
 	@$(PYTHON) -m venv .venv
@@ -61,4 +65,5 @@ else
 	@$(PIP) install "$(TORCH)+cpu" 2>/dev/null || $(PIP) install "$(TORCH)" --extra-index-url $(TORCH_CPU_INDEX)
 endif
 	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@$(PIP) install -c constraints.txt --no-deps $(ORACLES)
 	@touch $@

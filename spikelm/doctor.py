@@ -68,6 +68,7 @@ def examine() -> dict[str, Any]:
         "cpu_flags": flags,
         "cuda_devices": [],
         "bf16_training_pays": flags["avx512_bf16"] or flags["amx"],
+        "native": None,
         "event_backends": [],
         "event_backend": None,
         "problems": problems,
@@ -82,7 +83,7 @@ def examine() -> dict[str, Any]:
 def _examine_torch(bf16_on_cpu: bool) -> dict[str, Any]:
     import torch
 
-    from spikelm.kernels import event
+    from spikelm.kernels import event, native
 
     backends = event.available()
     cuda = torch.cuda.is_available()
@@ -91,6 +92,7 @@ def _examine_torch(bf16_on_cpu: bool) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cuda_devices": [{"name": d.name, "memory_bytes": d.total_memory} for d in devices],
         "bf16_training_pays": torch.cuda.is_bf16_supported() if cuda else bf16_on_cpu,
+        "native": {"unavailable": native.unavailable()},
         "event_backends": [{"name": name, "unavailable": reason} for name, reason in backends],
         "event_backend": next((name for name, reason in backends if reason is None), None),
     }
@@ -145,6 +147,7 @@ def render(found: dict[str, Any]) -> str:
         ("cpu flags", " ".join(flags) or "none of " + ", ".join(found["cpu_flags"])),
         ("cuda", ", ".join(d["name"] for d in found["cuda_devices"]) or "no device"),
         ("bf16", "training pays" if found["bf16_training_pays"] else "training does not pay"),
+        ("native", _native(found["native"])),
         *(
             ("event", f"{b['name']}: {b['unavailable'] or 'available'}")
             for b in found["event_backends"]
@@ -153,6 +156,13 @@ def render(found: dict[str, Any]) -> str:
         *(("PROBLEM", problem) for problem in found["problems"]),
     ]
     return "\n".join(f"{name:14}{value}" for name, value in rows)
+
+
+def _native(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "unknown, as torch does not work"
+    reason = found["unavailable"]
+    return "kernels available" if reason is None else f"{reason}; torch forms run instead, slower"
 
 
 def _how_to_install(name: str) -> str:

@@ -22,3 +22,15 @@ def sigmoid(x: Tensor) -> Tensor:
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x)."""
     return F.silu(x) if torch.is_grad_enabled() else x * sigmoid(x)
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """-log(1 + exp(-x))."""
+    if torch.is_grad_enabled():
+        return F.logsigmoid(x)
+    return x.clamp(max=0) - torch.log1p(torch.exp(-x.abs()))
+
+
+def tanh(x: Tensor) -> Tensor:
+    """2 sigmoid(2 x) - 1."""
+    return torch.tanh(x) if torch.is_grad_enabled() else 2 * sigmoid(2 * x) - 1

@@ -1,9 +1,9 @@
 """Softmax attention over a window with sinks (constant memory) or over all tokens (growing).
 
-The memory is a ring buffer of rotated keys and values plus the document's first tokens. A slot's
-position follows from the number of tokens seen, so there is nothing else to keep: slot s of a
-ring of W holds the largest position p < seen with p = s (mod W). `full` attention is the same
-ring, grown to hold every token.
+The memory is a ring buffer of keys and values plus the document's first tokens, in float or as
+int8 with one scale per token and head. A slot's position follows from the number of tokens seen,
+so there is nothing else to keep: slot s of a ring of W holds the largest position p < seen with
+p = s (mod W). `full` attention is the same ring, grown to hold every token.
 
 B sequences, T tokens, H query heads, G key/value heads, K channels, W ring slots, s sinks.
 """
@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spikelm.kernels.rope import rotate
-
 FULL_CHUNK = 512
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +24,29 @@ class Memory:
     """Keys and values remembered by an attention layer."""
 
     k: Tensor
-    """Rotated keys [B, W, G, K]."""
+    """[B, W, G, K]; `pack`ed ones are int8 [B, W, G, K + 4]."""
     v: Tensor
-    """[B, W, G, K]."""
+    """[B, W, G, K], or packed."""
     sink_k: Tensor
-    """Rotated keys of the first tokens [B, s, G, K]."""
+    """Keys of the first tokens [B, s, G, K], or packed."""
     sink_v: Tensor
-    """[B, s, G, K]."""
+    """[B, s, G, K], or packed."""
+
+
+def pack(x: Tensor) -> Tensor:
+    """Symmetric int8 of x [..., K]: the codes and, in the last four bytes, their float32 scale.
+
+    The largest |x| maps to 127. Zero bytes stand for zeros.
+    """
+    scale = x.detach().float().abs().amax(-1, keepdim=True) / 127
+    codes = torch.round(x.detach().float() / scale.clamp(min=1e-30)).to(torch.int8)
+    return torch.cat([codes, scale.contiguous().view(torch.int8)], -1)
+
+
+def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values [..., K] that packed codes [..., K + 4] stand for."""
+    scale = packed[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
+    return packed[..., :-_SCALE_BYTES].to(dtype) * scale.to(dtype)
 
 
 def attention(
@@ -43,32 +58,41 @@ def attention(
     segment: Tensor | None = None,
     *,
     window: int | None,
-    rope_theta: float | None,
+    q_sink: Tensor | None = None,
+    causal: bool = True,
 ) -> tuple[Tensor, Memory]:
     """Causal attention of T new tokens over the memory and each other.
 
-    q [B, T, H, K]; k, v [B, T, G, K]; position [B, T] within the document; segment [B, T] counts
-    the documents begun in this call. A query sees itself, the window - 1 tokens before it and the
-    document's first tokens; window None sees all. Returns out [B, T, H, K] and the new memory.
+    q [B, T, H, K] and k [B, T, G, K] carry their position code; v [B, T, G, K]; position [B, T]
+    within the document; segment [B, T] counts the documents begun in this call. A query sees
+    itself, the window - 1 tokens before it and the document's first tokens; window None sees all.
+    `q_sink` are the queries that meet sinks which have left the window, q if None. `causal` False
+    lets the new tokens, which must fit the window, see each other in both directions. If the
+    memory is packed, new keys and values are rounded to int8 before anything sees them; gradients
+    pass straight through. Returns out [B, T, H, K] and the new memory.
     """
     T = q.shape[1]
     if segment is None:
         segment = torch.zeros_like(position)
+    if q_sink is None:
+        q_sink = q
     # A chunk no longer than the window needs no sinks of its own: they are still in reach.
     size = FULL_CHUNK if window is None else window
+    assert causal or size >= T
     outputs = []
     for start in range(0, T, size):
         part = slice(start, start + size)
         seen = segment[:, start - 1] if start else torch.zeros_like(segment[:, 0])
         out, memory = _chunk(
             q[:, part],
+            q_sink[:, part],
             k[:, part],
             v[:, part],
             memory,
             position[:, part],
             segment[:, part] - seen[:, None],
             window,
-            rope_theta,
+            causal,
         )
         outputs.append(out)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), memory
@@ -76,32 +100,35 @@ def attention(
 
 def _chunk(
     q: Tensor,
+    q_sink: Tensor,
     k: Tensor,
     v: Tensor,
     memory: Memory,
     position: Tensor,
     segment: Tensor,
     window: int | None,
-    rope_theta: float | None,
+    causal: bool,
 ) -> tuple[Tensor, Memory]:
     T, sinks = q.shape[1], memory.sink_k.shape[1]
     first = position[:, :1]  # tokens of the open document seen before the chunk
-    q_recent, q_sink = q, q
-    if rope_theta is not None:
-        k = rotate(k, position, rope_theta)
-        q_recent = rotate(q, position, rope_theta)
-        if window is not None and sinks:
-            q_sink = rotate(q, position.clamp(max=sinks + window - 1), rope_theta)
+    new_k, new_v, kept = k, v, memory
+    if memory.k.dtype == torch.int8:
+        new_k, new_v = pack(k), pack(v)
+        k, v = (unpack(p, x.dtype) + (x - x.detach()) for x, p in ((k, new_k), (v, new_v)))
+        parts = (memory.k, memory.v, memory.sink_k, memory.sink_v)
+        memory = Memory(*(unpack(part, k.dtype) for part in parts))
 
     ring = _slot_positions(memory.k.shape[1], first)
     continues = segment == 0
     sees_ring = continues[..., None] & (ring >= 0)[:, None]
     order = torch.arange(T, device=q.device)
-    sees_new = (segment[:, :, None] == segment[:, None]) & (order[:, None] >= order)
-    keys, values, visible = [memory.k, k], [memory.v, v], [sees_ring, sees_new]
+    sees_new = segment[:, :, None] == segment[:, None]
+    if causal:
+        sees_new = sees_new & (order[:, None] >= order)
+    values, visible = [memory.v, v], [sees_ring, sees_new]
     # Matrix products may round a row differently in another batch; in decode that would show.
     exact = T == 1 and window is not None
-    scores = [_scores(q_recent, memory.k, exact), _scores(q_recent, k, exact)]
+    scores = [_scores(q, memory.k, exact), _scores(q, k, exact)]
     if window is not None:
         visible[0] = sees_ring & (position[..., None] - ring[:, None] < window)
         if sinks:
@@ -120,10 +147,10 @@ def _chunk(
     slots = _slot_positions(capacity, seen)
     sink_slots = torch.arange(sinks, device=q.device).expand(q.shape[0], -1)
     return out.flatten(2, 3), Memory(
-        k=_store(memory.k, keys[1], slots, seen, written),
-        v=_store(memory.v, v, slots, seen, written),
-        sink_k=_store(memory.sink_k, k, sink_slots, seen, written),
-        sink_v=_store(memory.sink_v, v, sink_slots, seen, written),
+        k=_store(kept.k, new_k, slots, seen, written),
+        v=_store(kept.v, new_v, slots, seen, written),
+        sink_k=_store(kept.sink_k, new_k, sink_slots, seen, written),
+        sink_v=_store(kept.sink_v, new_v, sink_slots, seen, written),
     )
 
 

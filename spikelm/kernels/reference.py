@@ -1,6 +1,6 @@
 """The specification: every recurrence as a plain loop over tokens, for any float dtype.
 
-Nothing here is fast. The forms in `delta`, `attention` and `shift` must equal these in outputs,
+Nothing here is fast. The forms in the modules beside this one must equal these in outputs,
 final states and every gradient.
 
 B sequences, T tokens, H heads, G key/value heads, K key and V value channels per head.
@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from spikelm.kernels.delta import delta_step
+from spikelm.kernels.gla import gla_step
 from spikelm.kernels.rope import rotate
+from spikelm.kernels.rwkv7 import rwkv7_step
+from spikelm.kernels.wkv4 import WKVState, wkv4_step
 
 
 def delta_rule(
@@ -123,3 +126,64 @@ def lif(
         v = torch.where(fired, torch.zeros_like(v) if hard_reset else v - v_threshold, v)
         spikes.append(fired.to(x.dtype))
     return torch.stack(spikes, 1), v
+
+
+def gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    reset: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`gla_step` token by token; shapes as in `gla.gla`."""
+    outputs = []
+    for t in range(q.shape[1]):
+        if reset is not None:
+            state = state * ~reset[:, t, None, None, None]
+        out, state = gla_step(q[:, t], k[:, t], v[:, t], log_decay[:, t], state, scale=scale)
+        outputs.append(out)
+    return torch.stack(outputs, 1), state
+
+
+def rwkv7(
+    r: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    v: Tensor,
+    removal_key: Tensor,
+    rate: Tensor,
+    state: Tensor,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`rwkv7_step` token by token; shapes as in `rwkv7.rwkv7`."""
+    outputs = []
+    for t in range(r.shape[1]):
+        if reset is not None:
+            state = state * ~reset[:, t, None, None, None]
+        out, state = rwkv7_step(
+            r[:, t], log_decay[:, t], k[:, t], v[:, t], removal_key[:, t], rate[:, t], state
+        )
+        outputs.append(out)
+    return torch.stack(outputs, 1), state
+
+
+def wkv4(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    bonus: Tensor,
+    state: WKVState,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, WKVState]:
+    """`wkv4_step` token by token; shapes as in `wkv4.wkv4`."""
+    outputs = []
+    for t in range(k.shape[1]):
+        if reset is not None:
+            p, q, o = (x * ~reset[:, t, None] for x in state)
+            state = p, q, o
+        out, state = wkv4_step(k[:, t], v[:, t], decay, bonus, state)
+        outputs.append(out)
+    return torch.stack(outputs, 1), state

@@ -1,11 +1,16 @@
-"""The adaptive integer spike: a float vector becomes signed or unsigned spike counts.
+"""Integer spikes: a float vector becomes signed or unsigned spike counts. The adaptive one:
 
     v_threshold = mean_c |x_c| / k,  clamped to [1e-5, 1e4]
     count = round(x / v_threshold), 0 where |x| <= dead_zone * mean|x|, clipped to max_count
     value = v_threshold * count
 
 k = 3 without dead zone and clip is SpikingBrain's neuron (Pan et al. 2025). The dead zone sets
-how many channels are silent apart from how fine the counts are. C channels.
+how many channels are silent apart from how fine the counts are. The fixed one has one step for all
+tokens (QSD-Transformer, Qiu et al. 2025):
+
+    count = floor(clip(x / step, 0 or -max_count, max_count) + 1/2),  value = step * count
+
+C channels.
 """
 
 from __future__ import annotations
@@ -110,5 +115,47 @@ def integer_spike(
         return counts * v_threshold, counts, v_threshold
     values, counts, v_threshold = _IntegerSpike.apply(  # type: ignore[no-untyped-call]
         x, k, dead_zone, max_count, unsigned
+    )
+    return values, counts, v_threshold
+
+
+class _FixedSpike(torch.autograd.Function):
+    """value = step * count; see `fixed_spike` for the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, max_count: int | None, unsigned: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        step = step.to(x.dtype).clamp(min=MIN_THRESHOLD)
+        low, high = _limits(max_count, unsigned)
+        ratio = x / step
+        counts = torch.floor(ratio.clamp(low, high) + 0.5)
+        ctx.limits = low, high
+        ctx.save_for_backward(ratio, counts)
+        v_threshold = step.expand(*x.shape[:-1], 1)
+        ctx.mark_non_differentiable(counts, v_threshold)
+        return step * counts, counts, v_threshold
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        grad = grads[0]
+        ratio, counts = ctx.saved_tensors
+        low, high = ctx.limits
+        inside = (ratio >= low) & (ratio <= high)
+        grad_step = (grad * (counts - ratio * inside)).sum() if ctx.needs_input_grad[1] else None
+        return grad * inside, grad_step, None, None
+
+
+def fixed_spike(
+    x: Tensor, step: Tensor, max_count: int | None, unsigned: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, counts, v_threshold = step [..., 1]) of x [..., C]; step is a scalar > 0.
+
+    Gradients: to x straight through inside the clip range, zero outside it; to the step that of a
+    learned step size (Esser et al. 2020), count - x / step inside and the count outside, without
+    that paper's scale, which Adam would cancel.
+    """
+    values, counts, v_threshold = _FixedSpike.apply(  # type: ignore[no-untyped-call]
+        x, step, max_count, unsigned
     )
     return values, counts, v_threshold

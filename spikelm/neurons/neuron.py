@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from spikelm.config import NeuronConfig
-from spikelm.neurons.integer import integer_spike
-from spikelm.neurons.lif import lif
+from spikelm.errors import ConfigError
+from spikelm.neurons.integer import fixed_spike, integer_spike
+from spikelm.neurons.lif import LIFConstants, lif
+from spikelm.neurons.surrogate import fire
 from spikelm.state import LayerState
 
 
@@ -20,40 +23,79 @@ class Spikes(NamedTuple):
     values: Tensor
     """What a float projection reads [..., C]; differentiable."""
     counts: Tensor | None
-    """Integers [..., C] with values = v_threshold * counts; None if the neuron is off."""
+    """Integers [..., C] with values = v_threshold * counts; None if the neuron is off or soft."""
     v_threshold: Tensor | None
-    """[..., 1]; None if the neuron is off."""
+    """[..., 1]; None if the neuron is off or soft."""
 
 
 class Neuron(nn.Module):
     """One neuron population of C channels; `config.kind` off passes its input through.
 
-    The membrane of a LIF neuron is the entry `<tensor_class>.v` [B, C] of its layer's state.
+    The membrane of a LIF neuron is the entry `<key>.v` [B, C] of its layer's state, float32 at
+    least; several populations of one class in one layer take different keys. `name` is the
+    module's path, which the model fills in.
+
+    Parameters: the adaptive integer neuron has `k` and `dead_zone` [C], the fixed one `step`. With
+    `learn` a LIF neuron has per channel `tau_logit` (tau = 1 + exp(-tau_logit), as in PLIF, Fang
+    et al. 2021), `v_threshold_log` and, if soft, `softness_log`; a step neuron has `v_threshold`.
     """
 
     k: Tensor
     dead_zone: Tensor
+    step: Tensor
+    v_threshold: Tensor
+    tau_logit: Tensor
+    v_threshold_log: Tensor
+    softness_log: Tensor
 
-    def __init__(self, name: str, tensor_class: str, channels: int, config: NeuronConfig) -> None:
+    def __init__(
+        self, tensor_class: str, channels: int, config: NeuronConfig, key: str | None = None
+    ) -> None:
         super().__init__()
-        self.name = name
+        self.name: str = tensor_class
+        self.key = key or tensor_class
         self.tensor_class = tensor_class
         self.channels = channels
         self.config = config
-        if config.kind == "integer":
-            self.k = nn.Parameter(torch.empty(()), requires_grad=config.learn)
-            self.dead_zone = nn.Parameter(torch.empty(channels), requires_grad=config.learn)
+        for name, (_, shape) in self._initial().items():
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(shape), requires_grad=config.learn)
+            )
+
+    def _initial(self) -> dict[str, tuple[float, tuple[int, ...]]]:
+        """The initial value and the shape of each parameter."""
+        c, per_channel = self.config, (self.channels,)
+        if c.kind == "integer" and c.scale == "adaptive":
+            return {"k": (c.k, ()), "dead_zone": (c.dead_zone, per_channel)}
+        if c.kind == "integer":
+            if c.dead_zone or c.target_silence is not None:
+                raise ConfigError(
+                    "dead_zone and target_silence need scale: adaptive; a fixed scale has no zone"
+                )
+            return {"step": (c.v_threshold, ())}
+        if c.kind == "step" and c.learn:
+            return {"v_threshold": (c.v_threshold, per_channel)}
+        if c.kind == "lif" and c.learn:
+            if c.tau == 1:
+                raise ConfigError("tau: 1 given with learn: true; allowed: a number > 1")
+            initial: dict[str, tuple[float, tuple[int, ...]]] = {
+                "tau_logit": (-math.log(c.tau - 1), per_channel),
+                "v_threshold_log": (math.log(c.v_threshold), per_channel),
+            }
+            if c.softness is not None:
+                initial["softness_log"] = (math.log(c.softness), per_channel)
+            return initial
+        return {}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        if self.config.kind == "integer":
-            self.k.fill_(self.config.k)
-            self.dead_zone.fill_(self.config.dead_zone)
+        for name, (value, _) in self._initial().items():
+            self.get_parameter(name).fill_(value)
 
     def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
         if self.config.kind != "lif":
             return {}
-        return {f"{self.tensor_class}.v": like.new_zeros(batch_size, self.channels)}
+        return {f"{self.key}.v": _wide(like).new_zeros(batch_size, self.channels)}
 
     def forward(
         self,
@@ -63,24 +105,46 @@ class Neuron(nn.Module):
         probe: Probe | None = None,
     ) -> tuple[Spikes, LayerState]:
         """x [B, T, ..., C] -> spikes of the same shape and this neuron's part of the state."""
+        c = self.config
         kept: LayerState = {}
-        if self.config.kind == "integer":
-            # Thresholds and counts in float32 at least: bfloat16 holds integers only up to 256.
-            wide = x if x.dtype == torch.float64 else x.float()
+        if c.kind == "integer" and c.scale == "adaptive":
             spikes = Spikes(
-                *integer_spike(
-                    wide, self.k, self.dead_zone, self.config.max_count, self.config.unsigned
-                )
+                *integer_spike(_wide(x), self.k, self.dead_zone, c.max_count, c.unsigned)
             )
-        elif self.config.kind == "lif":
-            key = f"{self.tensor_class}.v"
-            fired, kept[key] = lif(x.to(state[key].dtype), state[key], self.config, segment)
-            spikes = Spikes(fired, fired.detach(), torch.ones_like(fired[..., :1]))
+        elif c.kind == "integer":
+            spikes = Spikes(*fixed_spike(_wide(x), self.step, c.max_count, c.unsigned))
+        elif c.kind == "step":
+            wide = _wide(x)
+            fired = fire(
+                wide - (self.v_threshold if c.learn else c.v_threshold), c.surrogate, c.alpha
+            )
+            spikes = _binary(fired)
+        elif c.kind == "lif":
+            key = f"{self.key}.v"
+            v = state[key]
+            constants = self._learned(v.dtype) if c.learn else None
+            fired, kept[key] = lif(x.to(v.dtype), v, c, segment, constants)
+            spikes = _binary(fired) if c.softness is None else Spikes(fired, None, None)
         else:
             spikes = Spikes(x, None, None)
         if probe is not None:
             probe(self, x, spikes)
         return spikes, kept
+
+    def _learned(self, dtype: torch.dtype) -> LIFConstants:
+        """tau, threshold and softness [C] as trained."""
+        tau = 1 + torch.exp(-self.tau_logit.to(dtype))
+        softness = None if self.config.softness is None else self.softness_log.to(dtype).exp()
+        return LIFConstants(tau, self.v_threshold_log.to(dtype).exp(), softness)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least: bfloat16 holds integers only up to 256."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _binary(fired: Tensor) -> Spikes:
+    return Spikes(fired, fired.detach(), torch.ones_like(fired[..., :1]))
 
 
 Probe = Callable[[Neuron, Tensor, Spikes], None]

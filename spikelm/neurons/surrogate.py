@@ -44,12 +44,46 @@ def rectangle_slope(x: Tensor, alpha: float) -> Tensor:
     return alpha * (x.abs() < 0.5 / alpha).to(x.dtype)
 
 
+def triangle_step(x: Tensor, alpha: float) -> Tensor:
+    """(1 + alpha x)^2 / 2 below 0 and 1 - (1 - alpha x)^2 / 2 above, clipped to [0, 1]."""
+    half = (1 - alpha * x.abs()).clamp(min=0) ** 2 / 2
+    return torch.where(x < 0, half, 1 - half)
+
+
+def triangle_slope(x: Tensor, alpha: float) -> Tensor:
+    """alpha max(0, 1 - alpha |x|) (Bellec et al. 2018)."""
+    return alpha * (1 - alpha * x.abs()).clamp(min=0)
+
+
+def fast_sigmoid_step(x: Tensor, alpha: float) -> Tensor:
+    """(1 + alpha x / (1 + alpha |x|)) / 2 (Zenke and Ganguli 2018)."""
+    return (1 + alpha * x / (1 + alpha * x.abs())) / 2
+
+
+def fast_sigmoid_slope(x: Tensor, alpha: float) -> Tensor:
+    """alpha / (2 (1 + alpha |x|)^2)."""
+    return alpha / (2 * (1 + alpha * x.abs()) ** 2)
+
+
+def gaussian_step(x: Tensor, alpha: float) -> Tensor:
+    """Phi(alpha x), the normal distribution's cumulative function."""
+    return (1 + torch.erf(alpha * x / math.sqrt(2))) / 2
+
+
+def gaussian_slope(x: Tensor, alpha: float) -> Tensor:
+    """alpha exp(-(alpha x)^2 / 2) / sqrt(2 pi)."""
+    return alpha / math.sqrt(2 * math.pi) * torch.exp(-((alpha * x) ** 2) / 2)
+
+
 SURROGATES: Mapping[
     str, tuple[Callable[[Tensor, float], Tensor], Callable[[Tensor, float], Tensor]]
 ] = {
     "arctan": (arctan_step, arctan_slope),
     "sigmoid": (sigmoid_step, sigmoid_slope),
     "rectangle": (rectangle_step, rectangle_slope),
+    "triangle": (triangle_step, triangle_slope),
+    "fast_sigmoid": (fast_sigmoid_step, fast_sigmoid_slope),
+    "gaussian": (gaussian_step, gaussian_slope),
 }
 """Name -> (smooth step, its derivative)."""
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spikelm import doctor
-from spikelm.kernels import event
+from spikelm.kernels import event, native
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +46,15 @@ def test_no_usable_backend(backends: list[tuple[str, str | None]]) -> None:
     assert re.search(r"^event used +none$", doctor.render(found), re.MULTILINE)
 
 
+def test_native_code_or_what_runs_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "unavailable", lambda: None)
+    assert re.search(r"^native +kernels available$", doctor.render(doctor.examine()), re.M)
+    monkeypatch.setattr(native, "unavailable", lambda: "no compiler")
+    found = doctor.examine()
+    assert found["native"] == {"unavailable": "no compiler"}
+    assert re.search(r"^native +no compiler; torch forms run instead", doctor.render(found), re.M)
+
+
 def test_missing_packages(
     backends: list[tuple[str, str | None]],
     monkeypatch: pytest.MonkeyPatch,
@@ -68,6 +77,7 @@ def test_torch_that_does_not_import(monkeypatch: pytest.MonkeyPatch) -> None:
     found = doctor.examine()
     assert found["event_backend"] is None
     assert found["problems"][0].startswith("torch does not work:")
+    assert re.search(r"^native +unknown", doctor.render(found), re.M)
 
 
 @pytest.mark.parametrize(

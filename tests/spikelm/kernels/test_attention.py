@@ -39,7 +39,7 @@ def run(
     reset: Tensor | None = None,
     lengths: tuple[int, ...] = (),
 ) -> tuple[Tensor, Memory]:
-    """The kernel over a sequence cut into `lengths` (the rest in one piece)."""
+    """Position code and kernel over a sequence cut into `lengths` (the rest in one piece)."""
     T = q.shape[1]
     reset = torch.zeros(B, T, dtype=torch.bool) if reset is None else reset
     memory = empty(window or 0, sinks if window else 0)
@@ -53,15 +53,13 @@ def run(
         order = torch.arange(length)
         begun = torch.where(reset[:, part], order, -1).cummax(1).values
         position = torch.where(segment == 0, seen[:, None] + order, order - begun)
+        q_n, k_n, q_sink = q[:, part], k[:, part], None
+        if rope is not None:
+            if window is not None:
+                q_sink = rotate(q_n, position.clamp(max=sinks + window - 1), rope)
+            q_n, k_n = rotate(q_n, position, rope), rotate(k_n, position, rope)
         out, memory = attention(
-            q[:, part],
-            k[:, part],
-            v[:, part],
-            memory,
-            position,
-            segment,
-            window=window,
-            rope_theta=rope,
+            q_n, k_n, v[:, part], memory, position, segment, window=window, q_sink=q_sink
         )
         outputs.append(out)
         seen = position[:, -1] + 1
@@ -175,9 +173,7 @@ def test_a_row_of_one_token_does_not_depend_on_its_batch(G: int, K: int, window:
 
     def step(keep: slice) -> Tensor:
         memory = Memory(ring[0][keep], ring[1][keep], sink[0][keep], sink[1][keep])
-        return attention(
-            q[keep], k[keep], v[keep], memory, position[keep], window=window, rope_theta=1e4
-        )[0]
+        return attention(q[keep], k[keep], v[keep], memory, position[keep], window=window)[0]
 
     together = step(slice(None))
     for row in range(rows):

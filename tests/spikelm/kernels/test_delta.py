@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -40,7 +41,9 @@ def outcome(function: Callable[..., tuple[Tensor, Tensor]], tensors: Inputs) -> 
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     out, state = function(*leaves)
     g = torch.Generator().manual_seed(1)
-    loss = sum((x * torch.randn(x.shape, dtype=x.dtype, generator=g)).sum() for x in (out, state))
+    loss = sum(
+        (x * torch.randn(x.shape, dtype=torch.float64, generator=g)).sum() for x in (out, state)
+    )
     return [out.detach(), state.detach(), *torch.autograd.grad(loss, leaves)]
 
 
@@ -72,7 +75,7 @@ def test_chunkwise_equals_the_loop_over_1000_tokens(decay: str, gates: str) -> N
 
 
 @pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 200])
-@pytest.mark.parametrize("floor", [None, -1.0])
+@pytest.mark.parametrize("floor", [None, -1.0, -9.0])
 def test_packed_documents(T: int, floor: float | None) -> None:
     tensors, reset = inputs(T, "channel", "split"), documents(T)
     segment = reset.long().cumsum(1)
@@ -88,10 +91,23 @@ def test_any_decay_without_a_floor(decay: str) -> None:
     assert_same(outcome(delta_rule, tensors), outcome(reference.delta_rule, tensors))
 
 
-def test_the_floor_keeps_float32_finite() -> None:
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+@pytest.mark.parametrize("extreme", [0.0, -1e4, -math.inf])
+def test_extreme_decays_in_float32(decay: str, extreme: float) -> None:
+    # Weak decays between strong ones: a difference of long sums would lose them.
+    q, k, v, log_decay, *rest = (x.float() for x in inputs(130, decay, "split", strongest=0.05))
+    strong = torch.rand(log_decay.shape) < 0.2
+    tensors = (q, k, v, log_decay.masked_fill(strong, extreme), *rest)
+    expected = outcome(reference.delta_rule, tuple(x.double() for x in tensors))
+    for a, e in zip(outcome(delta_rule, tensors), expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("floor", [-2.0, -5.0, -80.0])
+def test_the_floor_keeps_float32_finite(floor: float) -> None:
     q, k, v, log_decay, *rest = (x.float() for x in inputs(300, "channel", "split"))
-    log_decay = torch.full_like(log_decay, -2.0)
-    out, state = delta_rule(q, k, v, log_decay, *rest, decay_floor=-2.0)
+    log_decay = torch.full_like(log_decay, floor)
+    out, state = delta_rule(q, k, v, log_decay, *rest, decay_floor=floor)
     wide = [x.double() for x in (q, k, v, log_decay, *rest)]
     expected, expected_state = reference.delta_rule(*wide)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)

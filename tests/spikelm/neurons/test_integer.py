@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spikelm.neurons.integer import DEAD_ZONE_BAND, integer_counts, integer_spike
+from spikelm.neurons.integer import DEAD_ZONE_BAND, fixed_spike, integer_counts, integer_spike
 
 
 def tensor(*values: float) -> Tensor:
@@ -100,3 +100,42 @@ def test_k_never_reaches_zero() -> None:
     # k stands at its least, 1/1000: one count is worth a thousand times the mean.
     assert not counts.any()
     torch.testing.assert_close(v.item(), 1000.0)
+
+
+def test_fixed_counts_and_gradients_by_hand() -> None:
+    # step 1/2, at most 4 counts: x / step is 0.5 (up to 1), -1, 2.1, 9 (clipped).
+    x = tensor(0.25, -0.5, 1.05, 4.5).requires_grad_()
+    step = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    for unsigned, expected, passed, per_step in (
+        (True, [1, 0, 2, 4], [1, 0, 1, 1 - 1], (1 - 0.5) + 0 + (2 - 2.1) + 4),
+        (False, [1, -1, 2, 4], [1, 1, 1, 0], (1 - 0.5) + 0 + (2 - 2.1) + 4),
+    ):
+        values, counts, v = fixed_spike(x, step, 4, unsigned)
+        assert counts.tolist() == [expected]
+        assert v.tolist() == [[0.5]]
+        assert torch.equal(values, v * counts)
+        grad_x, grad_step = torch.autograd.grad(values.sum(), (x, step))
+        assert grad_x.tolist() == [passed]
+        torch.testing.assert_close(grad_step.item(), per_step)
+
+
+def test_fixed_counts_of_qsd() -> None:
+    # s = floor(clip(4 x, 0, 4) + 0.5) / 4 (QSD-Transformer).
+    x = torch.linspace(-1, 2, 301, dtype=torch.float64)[None]
+    values, counts, _ = fixed_spike(x, torch.tensor(0.25, dtype=torch.float64), 4, True)
+    assert torch.equal(values, torch.floor((4 * x).clamp(0, 4) + 0.5) / 4)
+    assert counts.unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_unclipped_fixed_counts_pass_every_gradient() -> None:
+    x = tensor(-100.0, 0.1, 77.7).requires_grad_()
+    values, counts, _ = fixed_spike(x, torch.tensor(0.5, dtype=torch.float64), None, False)
+    assert counts.tolist() == [[-200, 0, 155]]
+    assert torch.autograd.grad(values.sum(), x)[0].tolist() == [[1, 1, 1]]
+
+
+def test_a_fixed_step_never_reaches_zero() -> None:
+    values, counts, v = fixed_spike(torch.ones(1, 2), torch.tensor(-1.0), 7, False)
+    assert counts.tolist() == [[7, 7]]
+    assert torch.isfinite(values).all()
+    assert (v == 1e-5).all()
