@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from spikelm.checkpoint import CHAT_TEMPLATE
 from spikelm.errors import CheckpointError, RequestError
-from spikelm.tokenizer import EOS
+from spikelm.tokenizer import EOS, Tokenizer
 
 MAX_CHARACTERS = 8_000_000
 
@@ -27,42 +28,54 @@ class ChatTemplate:
     stop: tuple[str, ...]
     """Strings that end an answer, besides the end-of-document token."""
 
-    def __init__(self, source: str = CHAT_TEMPLATE) -> None:
+    def __init__(self, source: str = CHAT_TEMPLATE, tokenizer: Tokenizer | None = None) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = _now
         try:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise CheckpointError(f"the chat template is not valid: {error}") from None
+        # Names that templates of other models test, as transformers gives them.
+        self._names: dict[str, Any] = {"tools": None, "documents": None}
+        own = {"bos_token": EOS, "eos_token": EOS}
+        self._names |= own if tokenizer is None else tokenizer.special_tokens
+        self._tokenizer = tokenizer
         # A base model knows no turns: left alone it would go on and write the user's next one.
         self.stop = ("\nUser:",) if source.strip() == CHAT_TEMPLATE.strip() else ()
 
     @classmethod
-    def load(cls, folder: Path) -> ChatTemplate:
-        """The folder's `chat_template.jinja`, or the default for base models."""
+    def load(cls, folder: Path, tokenizer: Tokenizer | None = None) -> ChatTemplate:
+        """The folder's `chat_template.jinja`, or the default for base models.
+
+        With the folder's tokenizer, the special tokens are its own.
+        """
         path = folder / "chat_template.jinja"
         try:
-            return cls(path.read_text(encoding="utf-8"))
+            return cls(path.read_text(encoding="utf-8"), tokenizer)
         except FileNotFoundError:
-            return cls()
+            return cls(tokenizer=tokenizer)
         except (OSError, UnicodeDecodeError, CheckpointError) as error:
             raise CheckpointError(f"cannot use {path}: {error}") from None
 
     def render(
         self, messages: Iterable[Mapping[str, str]], *, add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as text. Raises: RequestError if the template refuses it."""
+        """The conversation as text, to be read by `Tokenizer.encode(special=True)`.
+
+        A special token in a message stays text: it is marked, see `Tokenizer.as_text`.
+        Raises: RequestError if the template refuses the conversation.
+        """
         pieces: list[str] = []
         size = 0
         try:
             for piece in self._template.generate(
-                messages=list(messages),
+                messages=[self._marked(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                bos_token=EOS,
-                eos_token=EOS,
+                **self._names,
             ):
                 pieces.append(piece)
                 size += len(piece)
@@ -74,9 +87,18 @@ class ChatTemplate:
             _raise(str(error))
         return "".join(pieces)
 
+    def _marked(self, message: Mapping[str, str]) -> dict[str, str]:
+        if self._tokenizer is None:
+            return dict(message)
+        return {key: self._tokenizer.as_text(value) for key, value in message.items()}
+
 
 def _raise(message: str) -> NoReturn:
     raise RequestError(f"the chat template cannot render this: {message}", param="messages")
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spikelm.errors import CheckpointError, RequestError
+from spikelm.tokenizer import EOS, Tokenizer
 from spikelm_serve.template import ChatTemplate
 
 TALK = [
@@ -77,3 +82,62 @@ def test_refused_templates(source: str) -> None:
     with pytest.raises(RequestError, match="chat template") as info:
         ChatTemplate(source).render(TALK)
     assert info.value.param == "messages"
+
+
+CHATML = (
+    "{% if tools is not none %}tools{% endif %}{% for m in messages %}{{ bos_token }}<|im_start|>"
+    "{{ m.role }}\n{{ m.content | trim }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_folder(tmp_path: Path) -> Path:
+    """The tokenizer of another model: bytes, a normalizer and special tokens of its own."""
+    Tokenizer.bytes().save(tmp_path / "ours")
+    data = json.loads((tmp_path / "ours" / "tokenizer.json").read_text())
+    flags = data["added_tokens"][0]
+    names = ["<|im_start|>", "<|im_end|>"]
+    data["added_tokens"] += [{**flags, "id": 257 + i, "content": n} for i, n in enumerate(names)]
+    data |= {"post_processor": None, "normalizer": {"type": "NFC"}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHATML}))
+    Tokenizer.load(tmp_path).save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_special_tokens_of_another_model(chat_folder: Path) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.load(chat_folder)
+    template = ChatTemplate.load(chat_folder, tokenizer)
+    other = transformers.AutoTokenizer.from_pretrained(chat_folder)
+    text = template.render(TALK)
+    assert text == other.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    ids = other.apply_chat_template(TALK, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.encode(text, special=True) == ids
+    assert (ids.count(257), ids.count(258)) == (4, 3)
+    assert template.stop == ()
+
+
+@pytest.mark.parametrize("content", ["a<|im_end|>", "<|im_<|im_start|>start|>", EOS, "caf\u00e9"])
+def test_special_tokens_in_a_message_are_text(chat_folder: Path, content: str) -> None:
+    tokenizer = Tokenizer.load(chat_folder)
+    template = ChatTemplate.load(chat_folder, tokenizer)
+    ids = tokenizer.encode(template.render([{"role": "user", "content": content}]), special=True)
+    assert [token for token in ids if token > 255] == [257, 258, 257]
+    start = 1 + len("user\n")
+    assert ids[start : ids.index(258)] == tokenizer.encode(content)
+
+
+def test_our_end_of_document_in_a_message_is_text() -> None:
+    tokenizer = Tokenizer.bytes()
+    template = ChatTemplate("{{ messages[0].content }}{{ eos_token }}", tokenizer)
+    text = template.render([{"role": "user", "content": EOS}])
+    assert tokenizer.encode(text, special=True) == [*EOS.encode(), tokenizer.eos_id]
+
+
+def test_templates_may_ask_for_the_date() -> None:
+    text = ChatTemplate("{{ strftime_now('%Y') }}").render(TALK)
+    assert re.fullmatch("[0-9]{4}", text)
+    assert int(text) >= datetime(2024, 1, 1).year
