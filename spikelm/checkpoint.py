@@ -79,8 +79,9 @@ def save(
         "model_type": MODEL_TYPE,
         "architectures": ["SpikelmForCausalLM"],
         "dtype": "float32",
-        "bos_token_id": tokenizer.eos_id,
+        "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
+        "reset_token_id": tokenizer.reset_id,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         **to_dict(model.config),
     }
@@ -93,7 +94,11 @@ def save(
         if not (model.config.tie_embeddings and manifest is None and name == "head.linear.weight")
     }
     _write_json(staging / "config.json", config)
-    generation = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+    more = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
+    generation = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": [tokenizer.eos_id, *more] if more else tokenizer.eos_id,
+    }
     _write_json(staging / "generation_config.json", generation)
     (staging / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     tokenizer.save(staging)
@@ -117,7 +122,7 @@ def load(path: str | Path, *, backend: str = "auto", device: str = "cpu") -> Che
     model_config = model_config_of(config, folder)
     tokenizer = Tokenizer.load(folder)
     expected = config.get("tokenizer_fingerprint")
-    if tokenizer.vocab_size != model_config.vocab_size or (
+    if not tokenizer.fits(model_config.vocab_size) or (
         expected is not None and tokenizer.fingerprint != expected
     ):
         raise CheckpointError(

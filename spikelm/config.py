@@ -22,24 +22,42 @@ from spikelm.errors import ConfigError, did_you_mean
 T = TypeVar("T")
 
 TENSOR_CLASSES = (
+    "embedding_output",
     "mixer_input",
     "mixer_output",
     "queries_keys",
+    "attention_queries",
     "gate_input",
+    "mixer_residual",
     "ffn_input",
     "ffn_hidden",
+    "ffn_residual",
     "head_input",
 )
+
+WEIGHTLESS_CLASSES = (
+    "embedding_output",
+    "queries_keys",
+    "attention_queries",
+    "mixer_residual",
+    "ffn_residual",
+)
+"""Tensor classes that no projection reads: their silence skips no weights."""
+
+
+Surrogate = Literal["arctan", "sigmoid", "rectangle", "triangle", "fast_sigmoid", "gaussian"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NeuronConfig:
     """The neuron in front of one class of projections (DESIGN section 3)."""
 
-    kind: Literal["off", "integer", "lif"] = "off"
-    """off: a float projection; integer: adaptive integer counts; lif: token-axis membrane."""
+    kind: Literal["off", "integer", "lif", "step"] = "off"
+    """off: floats; integer: spike counts; lif: token-axis membrane; step: [x >= v_threshold]."""
+    scale: Literal["adaptive", "fixed"] = "adaptive"
+    """The size of one count: mean |x| / k of each token, or `v_threshold` (integer neuron)."""
     k: float = 3.0
-    """Counts per mean |x|: v_threshold = mean|x| / k (integer neuron)."""
+    """Counts per mean |x|: v_threshold = mean|x| / k (integer neuron, adaptive scale)."""
     dead_zone: float = 0.0
     """Initial half-width of the zone that gives count 0, in units of the token's mean |x|."""
     max_count: int | None = None
@@ -47,28 +65,35 @@ class NeuronConfig:
     unsigned: bool = False
     """Counts are >= 0: for vectors that come out of a ReLU."""
     learn: bool = False
-    """Train dead zone and k by gradient."""
+    """Train dead zone and k by gradient (integer); tau, threshold and softness (LIF)."""
     target_silence: float | None = None
     """Training steers the dead zone to this silent fraction; null leaves it alone."""
     tau: float = 2.0
     """Membrane time constant in tokens (LIF)."""
     v_threshold: float = 1.0
-    """Firing threshold of the membrane (LIF)."""
+    """Firing threshold (LIF, step), or the size of one count (integer, fixed scale)."""
     reset: Literal["zero", "subtract"] = "zero"
     """Hard reset to 0, or soft reset by v_threshold (LIF)."""
     detach_reset: bool = False
     """Stop the gradient through the reset (LIF)."""
-    surrogate: Literal["arctan", "sigmoid", "rectangle"] = "arctan"
-    """Derivative used for the spike (LIF)."""
+    detach_membrane: bool = False
+    """Stop the gradient through the carried membrane: SLTT (LIF)."""
+    surrogate: Surrogate = "arctan"
+    """Derivative used for the spike (LIF, step)."""
     alpha: float = 2.0
-    """Sharpness of the surrogate (LIF)."""
+    """Sharpness of the surrogate (LIF, step)."""
+    softness: float | None = None
+    """UltraLIF's temperature: train with the soft maximum instead of a surrogate (LIF)."""
 
     def __post_init__(self) -> None:
         _require(self.k > 0, "k", self.k, "a number > 0")
         _require(self.dead_zone >= 0, "dead_zone", self.dead_zone, "a number >= 0")
         _require(self.tau >= 1, "tau", self.tau, "a number >= 1")
-        _require(self.v_threshold > 0, "v_threshold", self.v_threshold, "a number > 0")
+        if self.kind != "step":
+            _require(self.v_threshold > 0, "v_threshold", self.v_threshold, "a number > 0")
         _require(self.alpha > 0, "alpha", self.alpha, "a number > 0")
+        if self.softness is not None:
+            _require(self.softness > 0, "softness", self.softness, "a number > 0, or null")
         if self.max_count is not None:
             _require(1 <= self.max_count <= 127, "max_count", self.max_count, "1 to 127, or null")
         if self.target_silence is not None:
@@ -85,24 +110,33 @@ class NeuronConfig:
 class NeuronsConfig:
     """One neuron per tensor class; all off is the dense twin."""
 
+    embedding_output: NeuronConfig = field(default_factory=NeuronConfig)
+    """The embedding's vector, before its norm (SpikeGPT's binary embedding)."""
     mixer_input: NeuronConfig = field(default_factory=NeuronConfig)
-    """The vector every projection of a mixer reads."""
+    """The vectors that the projections of a mixer read."""
     mixer_output: NeuronConfig = field(default_factory=NeuronConfig)
     """The vector the output projection of a mixer reads."""
     queries_keys: NeuronConfig = field(default_factory=NeuronConfig)
     """Queries and keys of `delta` layers, per head: what is silent touches no state row."""
+    attention_queries: NeuronConfig = field(default_factory=NeuronConfig)
+    """Rotated queries of softmax attention, per head."""
     gate_input: NeuronConfig = field(default_factory=NeuronConfig)
-    """The bottleneck vector that the gates of a `delta` layer read."""
+    """The bottleneck vectors that low-rank gates read."""
+    mixer_residual: NeuronConfig = field(default_factory=NeuronConfig)
+    """What a mixer adds to the residual stream (SpikeGPT's first LIF)."""
     ffn_input: NeuronConfig = field(default_factory=NeuronConfig)
-    """The vector the up (and gate) projections read."""
+    """The vectors that the up (and gate) projections read."""
     ffn_hidden: NeuronConfig = field(default_factory=NeuronConfig)
     """The vector the down projection reads."""
+    ffn_residual: NeuronConfig = field(default_factory=NeuronConfig)
+    """What a feed-forward layer adds to the residual stream (SpikeGPT's second LIF)."""
     head_input: NeuronConfig = field(default_factory=NeuronConfig)
     """The vector the head reads."""
 
     def __post_init__(self) -> None:
-        if self.queries_keys.kind == "lif":
-            raise ConfigError("queries_keys takes kind: off or integer, not lif")
+        for name in ("queries_keys", "attention_queries"):
+            if getattr(self, name).kind == "lif":
+                raise ConfigError(f"{name} takes kind: off, integer or step, not lif")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,9 +161,65 @@ class DeltaConfig:
     """Taps of the causal depthwise convolution on q, k and v; 1 is none."""
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "key_dim", "value_dim", "gate_rank", "conv_size"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        _require_positive(self, "num_heads", "key_dim", "value_dim", "gate_rank", "conv_size")
         _require(-2.0 <= self.decay_floor < 0, "decay_floor", self.decay_floor, "-2 <= floor < 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GLAConfig:
+    """Gated linear attention: S = Diag(a) S + k v^T; the query heads of a group share one state."""
+
+    num_heads: int = 4
+    """Query heads H."""
+    num_kv_heads: int = 4
+    """Key/value heads G, each with one state."""
+    key_dim: int = 64
+    """Key channels per head K."""
+    value_dim: int = 64
+    """Value channels per head V."""
+    decay: Literal["channel", "scalar", "tied", "lightning", "retnet"] = "channel"
+    """channel: GLA; scalar: Simple-GLA; tied: a = 1 - k; lightning, retnet: fixed per head."""
+    gate_rank: int | None = 16
+    """Width of the decay gate's bottleneck; null is a full matrix."""
+    gate_temperature: float = 16.0
+    """log a = logsigmoid(gate logit) / gate_temperature."""
+    feature_map: Literal["relu", "sigmoid", "silu", "identity"] = "relu"
+    """Applied to queries and keys; `tied` needs sigmoid."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values."""
+    output_gate: Literal["none", "headwise", "elementwise"] = "none"
+    """A sigmoid gate from the mixer's input on the normed output."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_heads", "num_kv_heads", "key_dim", "value_dim")
+        _require_groups(self.num_heads, self.num_kv_heads)
+        _require(self.gate_temperature > 0, "gate_temperature", self.gate_temperature, "> 0")
+        if self.gate_rank is not None:
+            _require(self.gate_rank >= 1, "gate_rank", self.gate_rank, "an integer >= 1, or null")
+        if self.decay == "tied" and self.feature_map != "sigmoid":
+            raise ConfigError("decay: tied needs feature_map: sigmoid, as a = 1 - k lies in (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Llama 3's stretched rotary frequencies."""
+
+    factor: float
+    """Division of the low frequencies."""
+    low_freq_factor: float
+    """Wavelengths above original_positions / low_freq_factor are stretched in full."""
+    high_freq_factor: float
+    """Wavelengths below original_positions / high_freq_factor are left alone."""
+    original_positions: int
+    """Context length before stretching."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "factor", "low_freq_factor", "original_positions")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(
+                f"high_freq_factor: {self.high_freq_factor} given; allowed: more than "
+                f"low_freq_factor, {self.low_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,18 +238,71 @@ class AttentionConfig:
     """First tokens of the document that a `window` query always sees."""
     rope_theta: float | None = 10000.0
     """Base of the rotary position code; null is none."""
+    rope_scaling: RopeScaling | None = None
+    """Stretched frequencies (Llama 3); null is none."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values (Qwen2)."""
+    output_bias: bool = False
+    """A bias on the output projection."""
+    qk_norm: bool = False
+    """An RMS norm on each head's queries and keys before the position code (Qwen3)."""
+    output_gate: Literal["none", "headwise", "elementwise"] = "none"
+    """A sigmoid gate from the mixer's input on the output (Gated Attention, Qiu et al. 2025)."""
+    kv_bits: Literal[8] | None = None
+    """8 keeps keys and values as int8 with one scale per token and head; null as floats."""
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_kv_heads", "head_dim", "window"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+        _require_positive(self, "num_heads", "num_kv_heads", "head_dim", "window")
         _require(self.sinks >= 0, "sinks", self.sinks, "an integer >= 0")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-            )
+        _require_groups(self.num_heads, self.num_kv_heads)
         if self.rope_theta is not None:
             _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a number > 0, or null")
             _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even when RoPE is on")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RWKV7Config:
+    """RWKV-7: two-key delta rule with low-rank decay, rate, value and output gates."""
+
+    head_dim: int = 64
+    """Channels per head; the width is a multiple of it."""
+    decay_rank: int = 64
+    """Bottleneck of the decay w."""
+    rate_rank: int = 64
+    """Bottleneck of the in-context learning rate a."""
+    value_rank: int = 32
+    """Bottleneck of the mix with the first layer's values."""
+    gate_rank: int = 128
+    """Bottleneck of the output gate g."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "head_dim", "decay_rank", "rate_rank", "value_rank", "gate_rank")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertsConfig:
+    """Mixture of experts: routed gated FFNs, top-k of them per token, and shared ones."""
+
+    num_experts: int = 16
+    """Routed experts N."""
+    top_k: int = 1
+    """Routed experts a token uses."""
+    num_shared: int = 1
+    """Experts every token uses."""
+    router: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become the weights of the experts."""
+    balance: float = 0.01
+    """Weight of the load-balance loss in training."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers (from 0) that keep the plain feed-forward layer."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_experts")
+        _require(self.num_shared >= 0, "num_shared", self.num_shared, "an integer >= 0")
+        _require(
+            1 <= self.top_k <= self.num_experts, "top_k", self.top_k, f"1 to {self.num_experts}"
+        )
+        _require(self.balance >= 0, "balance", self.balance, "a number >= 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,12 +313,30 @@ class FFNConfig:
     """channel_mix: token shift and squared ReLU (RWKV); swiglu, reglu: gated, three matrices."""
     hidden_dim: int = 1024
     """Hidden neurons F."""
+    receptance: bool = False
+    """channel_mix: a sigmoid gate from the shifted input on the output (RWKV-4)."""
+    experts: ExpertsConfig | None = None
+    """A mixture of gated experts of this shape; null is one dense layer."""
 
     def __post_init__(self) -> None:
-        _require(self.hidden_dim >= 1, "hidden_dim", self.hidden_dim, "an integer >= 1")
+        _require_positive(self, "hidden_dim")
+        if self.kind != "channel_mix" and self.receptance:
+            raise ConfigError(f"receptance: true needs kind: channel_mix, not {self.kind}")
+        if self.kind == "channel_mix" and self.experts is not None:
+            raise ConfigError("experts need kind: swiglu or reglu: a routed token has no past")
 
 
-Mixer = Literal["delta", "window", "full"]
+Mixer = Literal[
+    "delta",
+    "gla",
+    "wkv4",
+    "rwkv7",
+    "window",
+    "full",
+    "parallel",
+    "parallel_full",
+    "channel_mix",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,20 +353,77 @@ class ModelConfig:
     """Where the spikes are; the defaults (all off) are the dense twin."""
     delta: DeltaConfig = field(default_factory=DeltaConfig)
     """Shape of the `delta` layers."""
+    gla: GLAConfig = field(default_factory=GLAConfig)
+    """Shape of the `gla` layers and of the linear branch of `parallel` ones."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    """Shape of the `window` and `full` layers."""
+    """Shape of the `window` and `full` layers and of the softmax branch of `parallel` ones."""
+    rwkv7: RWKV7Config = field(default_factory=RWKV7Config)
+    """Shape of the `rwkv7` layers."""
     ffn: FFNConfig = field(default_factory=FFNConfig)
     """Shape of the feed-forward layers."""
     tie_embeddings: bool = False
     """The head reads the embedding's matrix."""
+    norm: Literal["rms", "layer"] = "rms"
+    """RMS norm, or layer norm with a bias (RWKV)."""
     norm_eps: float = 1e-5
-    """Added to the mean square in every RMS norm."""
+    """Added to the mean square (the variance) in every norm."""
+    embedding_norm: bool = False
+    """A norm between the embedding and the first layer (RWKV)."""
+    sink_embeddings: int = 0
+    """Learned vectors in front of every document that all tokens see (SpikingBrain-76B)."""
+    head_qk_dim: int = 0
+    """Width of the copy mechanism on the head (RWKV's head-QK); 0 is none."""
+    dropout: float = 0.0
+    """Share of the residual stream dropped after each layer in training."""
+    init: Literal["normal", "orthogonal"] = "normal"
+    """How matrices begin: normal of variance 1 / inputs, or RWKV-4's orthogonal and zero ones."""
 
     def __post_init__(self) -> None:
-        _require(self.vocab_size >= 1, "vocab_size", self.vocab_size, "an integer >= 1")
-        _require(self.width >= 1, "width", self.width, "an integer >= 1")
+        _require_positive(self, "vocab_size", "width")
         _require(len(self.mixers) >= 1, "mixers", list(self.mixers), "at least one layer")
         _require(self.norm_eps > 0, "norm_eps", self.norm_eps, "a number > 0")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "0 <= dropout < 1")
+        _require(self.head_qk_dim >= 0, "head_qk_dim", self.head_qk_dim, "an integer >= 0")
+        kinds = set(self.mixers)
+        if kinds & {"parallel", "parallel_full"}:
+            self._check_parallel()
+        if "rwkv7" in kinds and self.width % self.rwkv7.head_dim:
+            raise ConfigError(
+                f"width {self.width} is not a multiple of rwkv7.head_dim {self.rwkv7.head_dim}"
+            )
+        sinks = self.attention.sinks
+        if not 0 <= self.sink_embeddings <= min(sinks, self.attention.window):
+            raise ConfigError(
+                f"sink_embeddings: {self.sink_embeddings} given; allowed: 0 to attention.sinks "
+                f"and attention.window, {min(sinks, self.attention.window)}"
+            )
+        experts = self.ffn.experts
+        if experts is not None:
+            for name in ("ffn_input", "ffn_hidden"):
+                if getattr(self.neurons, name).kind == "lif":
+                    raise ConfigError(f"neurons.{name}: experts see no past; lif needs one")
+            if not all(0 <= layer < len(self.mixers) for layer in experts.dense_layers):
+                raise ConfigError(
+                    f"ffn.experts.dense_layers: {list(experts.dense_layers)} given; "
+                    f"allowed: 0 to {len(self.mixers) - 1}"
+                )
+
+    def _check_parallel(self) -> None:
+        gla, attention = self.gla, self.attention
+        given = (gla.num_heads, gla.num_kv_heads, gla.key_dim, gla.value_dim, gla.qkv_bias)
+        heads = (attention.num_heads, attention.num_kv_heads)
+        wanted = (*heads, attention.head_dim, attention.head_dim, attention.qkv_bias)
+        if given != wanted:
+            raise ConfigError(
+                "parallel layers project queries, keys and values once: gla and attention must "
+                "agree in num_heads, num_kv_heads, qkv_bias, and key_dim, value_dim = head_dim"
+            )
+        if gla.decay in ("channel", "scalar"):
+            raise ConfigError(
+                f"gla.decay: {gla.decay} given; allowed in parallel layers: tied, lightning, retnet"
+            )
+        if gla.output_gate != "none" or attention.output_gate != "none":
+            raise ConfigError("parallel layers have no output_gate")
 
     @property
     def num_layers(self) -> int:
@@ -214,6 +432,18 @@ class ModelConfig:
     def dense_twin(self) -> ModelConfig:
         """The same shapes with every neuron off."""
         return dataclasses.replace(self, neurons=NeuronsConfig())
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        allowed = "an integer >= 1" if isinstance(value, int) else "a number > 0"
+        _require(value > 0, name, value, allowed)
+
+
+def _require_groups(num_heads: int, num_kv_heads: int) -> None:
+    if num_heads % num_kv_heads:
+        raise ConfigError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
 
 
 def _require(ok: bool, name: str, given: object, allowed: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spikelm.checkpoint import Checkpoint
+from spikelm.config import WEIGHTLESS_CLASSES
 from spikelm.errors import DataError
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Neuron, Spikes
@@ -59,7 +60,7 @@ class Engine:
         if not all(0 <= token < vocabulary for token in ids):
             raise DataError(f"token ids {min(ids)}..{max(ids)} given; allowed: 0..{vocabulary - 1}")
         tokens = torch.tensor([list(ids)], device=self.model.device)
-        logits, state = run(self.model, tokens, state, eos_id=self.tokenizer.eos_id)
+        logits, state = run(self.model, tokens, state, reset_id=self.tokenizer.reset_id)
         return logits[:, -1], state
 
     @torch.inference_mode()
@@ -70,7 +71,7 @@ class Engine:
         return logits[:, -1], state
 
     def _count(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
-        if neuron.tensor_class != "queries_keys":
+        if neuron.tensor_class not in WEIGHTLESS_CLASSES:
             self._silent += (spikes.values == 0).sum()
             self._total += spikes.values.numel()
 
@@ -80,26 +81,32 @@ def run(
     tokens: Tensor,
     state: State | None,
     *,
-    eos_id: int | None,
+    reset_id: int | None,
     last_only: bool = True,
+    losses: list[Tensor] | None = None,
 ) -> tuple[Tensor, State]:
     """The forward over tokens [B, T] in pieces of bounded memory; logits [B, 1 or T, N].
 
-    `eos_id` begins a document, as in training: the state before it is forgotten.
+    `reset_id` begins a document, as in training: the state before it is forgotten.
     """
     outputs = []
     for piece in tokens.split(PREFILL_TOKENS, dim=1):
-        begins = piece == eos_id
-        reset = begins if bool(begins.any()) else None
-        logits, state = model(piece, state, reset=reset, last_only=last_only)
+        begins = None if reset_id is None else piece == reset_id
+        reset = begins if begins is not None and bool(begins.any()) else None
+        logits, state = model(piece, state, reset=reset, losses=losses, last_only=last_only)
         outputs.append(logits)
     assert state is not None
     return (outputs[-1] if last_only else torch.cat(outputs, 1)), state
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a prompt: start of document, then the text."""
-    return [tokenizer.eos_id, *tokenizer.encode(text)]
+def prompt_ids(tokenizer: Tokenizer, text: str, *, special: bool = False) -> list[int]:
+    """The tokens of a prompt: start of document, then the text.
+
+    `special` reads special tokens in the text (chat templates write them); one that writes the
+    start of document itself gets no second one.
+    """
+    ids, prefix = tokenizer.encode(text, special=special), list(tokenizer.prompt_prefix)
+    return ids if special and ids[: len(prefix)] == prefix else [*prefix, *ids]
 
 
 def stream_text(
@@ -134,7 +141,7 @@ class Generation:
     ) -> None:
         self.engine = engine
         self.params = params
-        self.prompt = list(prompt) or [engine.tokenizer.eos_id]
+        self.prompt = list(prompt) or [*engine.tokenizer.prompt_prefix] or [engine.tokenizer.bos_id]
         self.stop = [s for s in stop if s]
         self.state = state
         self.pending: int | None = None
@@ -147,7 +154,7 @@ class Generation:
         unseen: list[int] = []
         for count in range(1, self.params.max_tokens + 1):
             token = self.pending = sampler.sample(logits[0])
-            ended = token == tokenizer.eos_id
+            ended = token in tokenizer.stop_ids
             last = ended or count == self.params.max_tokens
             held += decoder.flush() if ended else decoder.push(token)
             if last and not ended:

@@ -41,6 +41,8 @@ class SpikelmConfig(PreTrainedConfig):
         for name, value in fields.items():
             setattr(self, name, value)
         self.spike_coding = kwargs.pop("spike_coding", None)
+        # Where the state is forgotten; None in models of other projects.
+        self.reset_token_id = kwargs.pop("reset_token_id", kwargs.get("eos_token_id"))
         self.tokenizer_fingerprint = kwargs.pop("tokenizer_fingerprint", None)
         super().__init__(**kwargs)
 
@@ -168,14 +170,16 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
         state = past_key_values.state if past_key_values is not None else None
         mask = None if attention_mask is None else attention_mask[:, -T:].bool()
         last_only = logits_to_keep == 1
+        losses: list[Tensor] | None = [] if labels is not None and self.training else None
         if mask is None or bool(mask.all()):
-            logits, state = self._run(input_ids, state, last_only)
+            logits, state = self._run(input_ids, state, last_only, losses)
         else:
             logits, state = self._run_padded(input_ids, mask, state, last_only)
         logits = logits[:, -logits_to_keep:]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+            loss = sum(losses or (), start=loss)
         cache = None
         if use_cache is not False and labels is None:
             cache = past_key_values if past_key_values is not None else StateCache(state)
@@ -184,9 +188,15 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)  # type: ignore[arg-type]
         return output if return_dict else output.to_tuple()
 
-    def _run(self, ids: Tensor, state: State | None, last_only: bool) -> tuple[Tensor, State]:
-        eos_id = self.config.eos_token_id
-        return run(self.model, ids, state, eos_id=eos_id, last_only=last_only)
+    def _run(
+        self,
+        ids: Tensor,
+        state: State | None,
+        last_only: bool,
+        losses: list[Tensor] | None = None,
+    ) -> tuple[Tensor, State]:
+        reset_id = self.config.reset_token_id
+        return run(self.model, ids, state, reset_id=reset_id, last_only=last_only, losses=losses)
 
     def _run_padded(
         self, ids: Tensor, mask: Tensor, state: State | None, last_only: bool

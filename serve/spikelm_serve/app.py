@@ -187,7 +187,7 @@ class Api:
         text = self._template.render(
             [{"role": m.role, "content": m.content} for m in request.messages]
         )
-        prompt = Prompt(ids=tuple(prompt_ids(self._engine.tokenizer, text)))
+        prompt = Prompt(ids=tuple(prompt_ids(self._engine.tokenizer, text, special=True)))
         stop = (*request.options.stop, *self._template.stop)
         return Job(request.options, (prompt,), stop, chat=True)
 

@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     params = sampling_params(args)
     use_utf8()
     checkpoint = load(args.model, backend=args.backend)
-    template = ChatTemplate.load(checkpoint.path)
+    template = ChatTemplate.load(checkpoint.path, checkpoint.tokenizer)
     print(f"{checkpoint.name}: {HELP}")
     return talk(Conversation(Engine(checkpoint), template, params, args.stop))
 

@@ -51,13 +51,13 @@ def main(argv: list[str]) -> int:
     app = create_app(
         Engine(checkpoint),
         name,
-        template=ChatTemplate.load(checkpoint.path),
+        template=ChatTemplate.load(checkpoint.path, checkpoint.tokenizer),
         max_body_bytes=args.max_body_bytes,
         hosts=allowed_hosts(args.host),
     )
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    state_bytes = checkpoint.model.zero_state(1).nbytes
+    state_bytes = checkpoint.model.initial_state(1).nbytes
     print(f"serving {name} at {url}, {state_bytes:,} bytes of state per conversation", flush=True)
     print(f"try: {example(url, name)}", flush=True)
     config = uvicorn.Config(

@@ -67,10 +67,10 @@ class Conversation:
             length, state = self._states[-1]
             if length < len(text) and self._seen[:length] == text[:length]:
                 self._seen = text
-                return tokenizer.encode(text[length:]), state
+                return tokenizer.encode(text[length:], special=True, continues=True), state
             self._states.pop()
         self._seen = text
-        return prompt_ids(tokenizer, text.decode()), None
+        return prompt_ids(tokenizer, text.decode(), special=True), None
 
     def _remember(self, generation: Generation) -> Iterator[Chunk]:
         """Passes the chunks on and keeps the states between them."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spikelm.coding.codes import CODES, Code
-from spikelm.config import NeuronConfig
+from spikelm.config import WEIGHTLESS_CLASSES, NeuronConfig
 from spikelm.neurons import Neuron, Spikes
 
 
@@ -19,7 +19,7 @@ def code_of(config: NeuronConfig, largest: int) -> tuple[Code, int] | None:
     """
     if config.kind == "off":
         return None
-    if config.kind == "lif":
+    if config.kind in ("lif", "step"):
         return CODES["binary"], 1
     top = config.max_count or max(largest, 1)
     if top == 1:
@@ -83,7 +83,7 @@ class Meter:
     def silent_fractions(self) -> dict[str, float]:
         """Silent fraction per tensor class, and `total` over every projection input.
 
-        `queries_keys` feed the state and no weights, so they are not part of the total.
+        Classes that no projection reads are not part of the total.
         """
         classes = dict.fromkeys(t.neuron.tensor_class for t in self.tallies.values())
         groups = {
@@ -91,7 +91,7 @@ class Meter:
             for name in classes
         }
         groups["total"] = [
-            t for t in self.tallies.values() if t.neuron.tensor_class != "queries_keys"
+            t for t in self.tallies.values() if t.neuron.tensor_class not in WEIGHTLESS_CLASSES
         ]
         return {
             name: sum(t.silent for t in group) / max(1, sum(t.entries for t in group))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from spikelm.config import WEIGHTLESS_CLASSES
 from spikelm.kernels.event import MAX_COUNT
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Neuron, Spikes
@@ -75,7 +76,7 @@ def calibrate(
     names = {
         neuron.name: neuron.tensor_class
         for neuron in model.neurons()
-        if neuron.config.kind == "off" and neuron.tensor_class != "queries_keys"
+        if neuron.config.kind == "off" and neuron.tensor_class not in WEIGHTLESS_CLASSES
     }
     zones = dict.fromkeys(names, 0.0)
     if any(silence.get(tensor_class) for tensor_class in names.values()):
@@ -87,4 +88,19 @@ def calibrate(
     errors = Errors(zones)
     for window in windows.split(1):
         model(window, probe=errors)
-    return {name: (K_GRID[int(errors.errors[name].argmin())], zones[name]) for name in names}
+    return {
+        name: (K_GRID[int(errors.errors[found].argmin())], zones[found])
+        for name, tensor_class in names.items()
+        for found in [_reached(name, tensor_class, names, errors.errors)]
+    }
+
+
+def _reached(
+    name: str, tensor_class: str, names: Mapping[str, str], errors: Mapping[str, Tensor]
+) -> str:
+    """The population whose statistics `name` takes: its own, or, for a routed expert that no
+    calibration token was sent to, those of the first of its class that has some.
+    """
+    if name in errors:
+        return name
+    return next(other for other in errors if names[other] == tensor_class)

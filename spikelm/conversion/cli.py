@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     documents = read_documents(arguments.data) if arguments.data else builtin_documents("train")
     ids: list[int] = []
     for document in documents:
-        ids += [tokenizer.eos_id, *tokenizer.encode(document)]
+        ids += [tokenizer.bos_id, *tokenizer.encode(document)]
         if len(ids) >= arguments.calibration_tokens:
             break
     if len(ids) < WINDOW_TOKENS:

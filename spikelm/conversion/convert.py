@@ -12,7 +12,14 @@ from torch import Tensor
 
 from spikelm import checkpoint
 from spikelm.coding.meter import Meter, Tally
-from spikelm.config import TENSOR_CLASSES, ModelConfig, NeuronConfig, NeuronsConfig, to_dict
+from spikelm.config import (
+    TENSOR_CLASSES,
+    WEIGHTLESS_CLASSES,
+    ModelConfig,
+    NeuronConfig,
+    NeuronsConfig,
+    to_dict,
+)
 from spikelm.conversion.calibrate import calibrate
 from spikelm.errors import CheckpointError, ConfigError, did_you_mean
 from spikelm.kernels.event import MAX_COUNT
@@ -68,7 +75,8 @@ def convert(
         "silence_asked": silence,
         "silent_fraction": meter.silent_fractions(),
         "neurons": [
-            _entry(tally, tally.neuron.name in calibrated) for tally in meter.tallies.values()
+            _entry(meter.tallies.get(neuron.name, Tally(neuron)), neuron.name in calibrated)
+            for neuron in model.neurons()
         ],
     }
     checkpoint.save(out, model, loaded.tokenizer, manifest=manifest)
@@ -80,11 +88,12 @@ def coded_config(config: ModelConfig) -> ModelConfig:
     neurons: dict[str, NeuronConfig] = {}
     for name in TENSOR_CLASSES:
         neuron: NeuronConfig = getattr(config.neurons, name)
-        if neuron.kind == "off" and name != "queries_keys":
+        if neuron.kind == "off" and name not in WEIGHTLESS_CLASSES:
             neuron = NeuronConfig(kind="integer", max_count=MAX_COUNT)
         elif neuron.kind == "integer" and neuron.max_count is None:
             neuron = dataclasses.replace(neuron, max_count=MAX_COUNT)
-        neurons[name] = neuron
+        # Softness is for training; what it approaches is the hard threshold.
+        neurons[name] = dataclasses.replace(neuron, softness=None)
     return dataclasses.replace(config, neurons=NeuronsConfig(**neurons), tie_embeddings=False)
 
 
@@ -96,7 +105,7 @@ def _check_silence(silence: Mapping[str, float], config: ModelConfig) -> None:
             )
         if not 0 <= fraction < 1:
             raise ConfigError(f"silence {name}={fraction} given; allowed: 0 <= fraction < 1")
-        if name == "queries_keys" or getattr(config.neurons, name).kind != "off":
+        if name in WEIGHTLESS_CLASSES or getattr(config.neurons, name).kind != "off":
             raise ConfigError(
                 f"silence for '{name}' given, but its threshold was trained or it feeds no "
                 "weights; silence can be asked for projections whose neuron is off"

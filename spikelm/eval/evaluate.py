@@ -7,11 +7,13 @@ The four are never mixed: (a) `silent_fraction`, exact zeros in the vectors ente
 
 from __future__ import annotations
 
+import logging
 import lzma
 import math
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Probe
 from spikelm.state import State
 from spikelm.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 PIECE_TOKENS = 1024
 PROMPT_TOKENS = 16
@@ -60,7 +64,12 @@ def evaluate(
     model, meter = loaded.model, Meter()
     stream = token_stream(loaded.tokenizer, texts)
     nats, state = score(model, stream, meter)
-    tokens = len(stream) - 1
+    tokens = stream.num_scored
+    if not loaded.tokenizer.lossless:
+        _log.warning(
+            "this tokenizer does not keep every byte: bits per byte compare with other models "
+            "only roughly, as lost bytes cost nothing"
+        )
     # A perplexity beyond a float's range is a broken model's as well; NaN fails too.
     if not nats / tokens < 700:
         raise CheckpointError(
@@ -87,35 +96,60 @@ def evaluate(
         "spiking_tensors": [n.name for n in model.neurons() if n.config.kind != "off"],
         "tensors": len(silence),
         "state_bytes": state.nbytes,
-        "state_grows": "full" in model.config.mixers,
-        "tokens_per_second": decode_speed(Engine(loaded), stream[:PROMPT_TOKENS], decode_tokens),
+        "state_grows": bool({"full", "parallel_full"} & set(model.config.mixers)),
+        "tokens_per_second": decode_speed(
+            Engine(loaded), stream.ids[:PROMPT_TOKENS], decode_tokens
+        ),
     }
 
 
-def token_stream(tokenizer: Tokenizer, documents: Sequence[str]) -> list[int]:
-    """eos document eos document ... eos."""
-    stream = [tokenizer.eos_id]
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Documents as one row of tokens, each begun by a token of its own."""
+
+    ids: list[int]
+    begins: list[bool]
+    """Which tokens begin a document: the state is forgotten before them."""
+    ends_are_scored: bool
+    """Whether the token that begins a document also ends the one before, and is predicted."""
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that are predicted: all but the first, or all that begin no document."""
+        return len(self.ids) - 1 if self.ends_are_scored else self.begins.count(False)
+
+    def first(self, count: int) -> Stream:
+        """The stream cut after `count` tokens."""
+        return Stream(self.ids[:count], self.begins[:count], self.ends_are_scored)
+
+
+def token_stream(tokenizer: Tokenizer, documents: Sequence[str]) -> Stream:
+    """bos document bos document ..., closed by eos where that is the same token."""
+    ids: list[int] = []
+    begins: list[bool] = []
     for document in documents:
-        stream += [*tokenizer.encode(document), tokenizer.eos_id]
-    return stream
+        text = tokenizer.encode(document)
+        ids += [tokenizer.bos_id, *text]
+        begins += [True, *[False] * len(text)]
+    closed = not tokenizer.imported
+    if closed:
+        ids.append(tokenizer.eos_id)
+        begins.append(True)
+    return Stream(ids, begins, closed)
 
 
 @torch.inference_mode()
-def score(
-    model: LanguageModel, stream: Sequence[int], probe: Probe | None = None
-) -> tuple[float, State]:
-    """Nats of predicting every token of `stream` after its first, and the state after them.
-
-    The state is forgotten where a document opens, that is at every token equal to the first.
-    """
-    ids = torch.tensor(stream)
+def score(model: LanguageModel, stream: Stream, probe: Probe | None = None) -> tuple[float, State]:
+    """Nats of predicting the scored tokens of `stream`, and the state after all but the last."""
+    ids, begins = torch.tensor(stream.ids), torch.tensor(stream.begins)
     nats = 0.0
     state: State | None = None
-    pieces = zip(ids[:-1].split(PIECE_TOKENS), ids[1:].split(PIECE_TOKENS), strict=True)
-    for inputs, targets in pieces:
-        opens = inputs == stream[0]
+    scored = torch.ones_like(begins) if stream.ends_are_scored else ~begins
+    rows = (ids[:-1], begins[:-1], ids[1:], scored[1:])
+    for inputs, opens, targets, counts in zip(*(r.split(PIECE_TOKENS) for r in rows), strict=True):
         logits, state = model(inputs[None], state, reset=opens[None], probe=probe)
-        nats += float(F.cross_entropy(widen(logits[0]), targets, reduction="none").double().sum())
+        losses = F.cross_entropy(widen(logits[0]), targets, reduction="none").double()
+        nats += float((losses * counts).sum())
     assert state is not None
     return nats, state
 

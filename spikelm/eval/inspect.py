@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from spikelm import checkpoint
 from spikelm.checkpoint import Checkpoint
-from spikelm.coding.meter import Meter
+from spikelm.coding.meter import Meter, Tally
 from spikelm.config import NeuronConfig
 from spikelm.corpus import builtin_documents
 from spikelm.errors import CheckpointError, DataError
 from spikelm.eval.evaluate import score, token_stream
 from spikelm.eval.traffic import Matrix, num_parameters, weight_bytes, weight_traffic
-from spikelm.models.layers import widen
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Neuron
 
@@ -23,12 +23,16 @@ MEASURED_BYTES = 2**18
 """More text than this many bytes need not be read for that many tokens."""
 
 FED_BY = {
+    "embedding_output": "embedding",
     "mixer_input": "residual stream, normed",
     "mixer_output": "what the mixer read out",
     "queries_keys": "one head's query or key",
-    "gate_input": "bottleneck of the gates",
+    "attention_queries": "one head's rotated query",
+    "gate_input": "bottleneck of a gate",
+    "mixer_residual": "output of the mixer",
     "ffn_input": "residual stream, normed",
     "ffn_hidden": "hidden neurons of the FFN",
+    "ffn_residual": "output of the FFN",
     "head_input": "residual stream, normed",
 }
 
@@ -80,12 +84,16 @@ def describe_state(model: LanguageModel) -> dict[str, Any]:
         }
         for kind in dict.fromkeys(mixers)
     }
-    attention = model.config.attention
-    element = widen(model.embedding.weight[:0]).element_size()
-    cache = 2 * attention.num_kv_heads * attention.head_dim * element
+    # The caches of full attention begin without slots and gain one per token.
+    growth = sum(
+        tensor[0, :0].new_zeros(tensor.shape[2:]).nbytes
+        for layer in state.layers
+        for name, tensor in layer.items()
+        if name.endswith((".k", ".v")) and tensor.ndim > 2 and not tensor.shape[1]
+    )
     return {
-        "bytes": state.nbytes,
-        "bytes_per_token": mixers.count("full") * cache,
+        "bytes": state.nbytes + growth * model.config.sink_embeddings,
+        "bytes_per_token": growth,
         "per_layer": per_layer,
         "head": {name: tensor.nbytes for name, tensor in state.layers[-1].items()},
     }
@@ -101,18 +109,20 @@ def _spikes(
     texts = builtin_documents("validation") if documents is None else documents
     if not any(texts):
         raise DataError("there is no text to measure silence on; give documents that are not empty")
-    stream = token_stream(loaded.tokenizer, texts)[: MEASURED_TOKENS + 1]
+    stream = token_stream(loaded.tokenizer, texts).first(MEASURED_TOKENS + 1)
     meter = Meter()
     score(loaded.model, stream, meter)
-    for name, tally in meter.tallies.items():
+    for neuron in loaded.model.neurons():
+        # A routed expert may have seen no token.
+        tally = meter.tallies.get(neuron.name, Tally(neuron))
         code = tally.code
-        found[name] |= {
+        found[neuron.name] |= {
             "code": code[0].name if code else None,
             "steps": code[1] if code else None,
             "silent_fraction": tally.silent_fraction,
         }
     source = "built-in validation text" if documents is None else "given text"
-    return f"{source}, {len(stream) - 1} tokens", found
+    return f"{source}, {len(stream.ids) - 1} tokens", found
 
 
 def _from_manifest(loaded: Checkpoint) -> dict[str, dict[str, Any]]:
@@ -158,12 +168,16 @@ def _threshold(neuron: Neuron, origin: str | None) -> dict[str, Any] | None:
     config: NeuronConfig = neuron.config
     if config.kind == "off":
         return None
+    learned = {name: float(p.mean()) for name, p in neuron.named_parameters()}
     if config.kind == "lif":
-        return {"v_threshold": config.v_threshold, "tau": config.tau, "origin": origin}
-    return {
-        "k": float(neuron.k),
-        "dead_zone": float(neuron.dead_zone.mean()),
-        "max_count": config.max_count,
-        "unsigned": config.unsigned,
-        "origin": origin,
-    }
+        tau, v = config.tau, config.v_threshold
+        if config.learn:
+            tau = 1 + math.exp(-learned["tau_logit"])
+            v = math.exp(learned["v_threshold_log"])
+        return {"v_threshold": v, "tau": tau, "origin": origin}
+    if config.kind == "step":
+        return {"v_threshold": learned.get("v_threshold", config.v_threshold), "origin": origin}
+    clip = {"max_count": config.max_count, "unsigned": config.unsigned, "origin": origin}
+    if config.scale == "fixed":
+        return {"v_threshold": learned["step"], **clip}
+    return {"k": learned["k"], "dead_zone": learned["dead_zone"], **clip}

@@ -24,7 +24,7 @@ from spikelm import checkpoint
 from spikelm.config import Mixer
 from spikelm.corpus import SPLITS, builtin_documents
 from spikelm.errors import ConfigError, MissingExtraError
-from spikelm.eval.evaluate import timed_decode, token_stream
+from spikelm.eval.evaluate import timed_decode
 from spikelm.eval.process import memory_bytes, reset_peak
 from spikelm.generate import Engine
 from spikelm.models.coded import coded_copy
@@ -112,9 +112,8 @@ def text_ids(tokenizer: Tokenizer, length: int) -> list[int]:
     ids: list[int] = []
     for split in reversed(SPLITS):
         if len(ids) < length:
-            stream = token_stream(tokenizer, builtin_documents(split))
             # Without separators, which would empty the state in the middle of the prompt.
-            ids += [token for token in stream if token != tokenizer.eos_id]
+            ids += [i for text in builtin_documents(split) for i in tokenizer.encode(text)]
     return list(itertools.islice(itertools.cycle(ids), length))
 
 

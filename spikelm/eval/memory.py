@@ -26,12 +26,12 @@ def bench_memory(path: str | Path, tokens: int, *, backend: str = "auto") -> dic
     if tokens < FIRST:
         raise ConfigError(f"--tokens {tokens} given; allowed: {FIRST} or more")
     engine = Engine(checkpoint.load(path, backend=backend))
-    eos = engine.tokenizer.eos_id
+    eos = engine.tokenizer.bos_id
     sampler = Sampler(SamplingParams(seed=0, max_tokens=tokens), [eos])
     powers = {FIRST**n for n in range(1, 12) if FIRST**n <= tokens}
     stops = powers | {tokens * tenth // 10 for tenth in range(1, 11)} - set(range(FIRST))
     rows: list[dict[str, Any]] = []
-    token, state = eos, engine.model.zero_state(1)
+    token, state = eos, engine.model.initial_state(1)
     began, before = perf_counter(), 0
     for seen in range(1, tokens + 1):
         logits, state = engine.step(torch.tensor([token]), state)

@@ -118,8 +118,11 @@ def _threshold(threshold: Mapping[str, Any] | None) -> str:
         return "-"
     if "tau" in threshold:
         return f"{threshold['v_threshold']:g}, tau {threshold['tau']:g}"
-    parts = [f"mean|x|/{threshold['k']:.3g}", f"zone {threshold['dead_zone']:.2f}"]
-    if threshold["max_count"] is not None:
+    if "k" in threshold:
+        parts = [f"mean|x|/{threshold['k']:.3g}", f"zone {threshold['dead_zone']:.2f}"]
+    else:
+        parts = [f"{threshold['v_threshold']:g}"]
+    if threshold.get("max_count") is not None:
         low = 0 if threshold["unsigned"] else -threshold["max_count"]
         parts.append(f"{low} to {threshold['max_count']}")
     return ", ".join(parts) + (f" ({threshold['origin']})" if threshold["origin"] else "")

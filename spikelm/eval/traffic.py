@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from spikelm.models.coded import CodedLinear, projections
+from spikelm.models.ffn import ExpertsFFN
 from spikelm.models.layers import Linear, Projection
 from spikelm.models.spikelm import LanguageModel
 
@@ -26,10 +27,13 @@ class Matrix:
     """What the weights of one input neuron take where they run."""
     backend: str | None
     """The event-driven implementation of a spike-coded matrix; None for a float one."""
+    share: float = 1.0
+    """Share of the tokens that read it: below 1 for routed experts."""
 
     @property
-    def num_bytes(self) -> int:
-        return self.in_features * self.row_bytes
+    def num_bytes(self) -> float:
+        """Bytes a token reads of it on average if nothing is silent."""
+        return self.in_features * self.row_bytes * self.share
 
     @property
     def skips(self) -> bool:
@@ -47,7 +51,7 @@ class Traffic:
     """Everything that is always read."""
 
     @property
-    def num_bytes(self) -> int:
+    def num_bytes(self) -> float:
         """Bytes per token without silence."""
         return self.other_bytes + sum(matrix.num_bytes for matrix in self.matrices.values())
 
@@ -68,8 +72,14 @@ def weight_traffic(model: LanguageModel) -> Traffic:
     apart = {id(p.linear.weight) for p in populations} | {id(model.embedding.weight)}
     tensors = [*model.parameters(), *model.buffers()]
     other = sum(tensor.nbytes for tensor in tensors if id(tensor) not in apart)
+    routed = {
+        id(projection): layer.config.top_k / layer.config.num_experts
+        for layer in model.modules()
+        if isinstance(layer, ExpertsFFN)
+        for projection in layer.experts.modules()
+    }
     return Traffic(
-        {p.neuron.name: _matrix(p) for p in populations},
+        {p.neuron.name: _matrix(p, routed.get(id(p), 1.0)) for p in populations},
         other + model.embedding.weight[0].nbytes,
     )
 
@@ -87,17 +97,17 @@ def num_parameters(model: LanguageModel) -> int:
     return coded + sum(parameter.numel() for parameter in model.parameters())
 
 
-def _matrix(projection: Projection) -> Matrix:
+def _matrix(projection: Projection, share: float) -> Matrix:
     linear = projection.linear
     if isinstance(linear, CodedLinear):
         table = linear.weight if linear.table is None else linear.table
         assert table is not None
         row_bytes = table.shape[1] * table.element_size()
-        return Matrix(linear.in_features, linear.out_features, 8, row_bytes, linear.backend)
+        return Matrix(linear.in_features, linear.out_features, 8, row_bytes, linear.backend, share)
     assert isinstance(linear, Linear)
     out_features, in_features = linear.weight.shape
     size = linear.weight.element_size()
-    return Matrix(in_features, out_features, 8 * size, out_features * size, None)
+    return Matrix(in_features, out_features, 8 * size, out_features * size, None, share)
 
 
 def _coded_linears(model: LanguageModel) -> list[CodedLinear]:

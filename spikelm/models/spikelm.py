@@ -8,6 +8,7 @@ B sequences, T tokens, D width, N vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -15,50 +16,87 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spikelm.config import ModelConfig
+from spikelm.models.copying import HeadQK
 from spikelm.models.ffn import make_ffn
-from spikelm.models.layers import Context, Projection, RMSNorm, reset_parameters, widen
+from spikelm.models.layers import (
+    Context,
+    Projection,
+    draw,
+    make_norm,
+    make_optional_neuron,
+    prefixed,
+    reset_parameters,
+    unprefixed,
+    widen,
+)
 from spikelm.models.mixers import make_mixer
-from spikelm.neurons import Neuron, Probe
+from spikelm.neurons import Neuron, Probe, Spikes
 from spikelm.state import LayerState, State
 
 
 class Embedding(nn.Module):
     """Rows of a table: weight [N, D]."""
 
-    def __init__(self, rows: int, width: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        rows, width = config.vocab_size, config.width
         self.weight = nn.Parameter(torch.empty(rows, width))
+        self.init = config.init
+        # RWKV-4 begins with tiny rows, which the norm behind them scales up.
+        self.init_scale = 1e-4 * math.sqrt(max(rows, width)) if self.init == "orthogonal" else 1.0
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.weight.normal_(0.0, self.weight.shape[1] ** -0.5)
+        draw(self.weight, self.init, self.init_scale)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        rows: Tensor = F.embedding(tokens, self.weight)
+        return rows
 
 
 class Layer(nn.Module):
-    """x + mixer(norm x), then x + ffn(norm x)."""
+    """x + mixer(norm x), then x + ffn(norm x); what is added may pass a neuron first."""
 
     def __init__(self, index: int, config: ModelConfig) -> None:
         super().__init__()
-        name = f"layers.{index}"
-        self.mixer_norm = RMSNorm(config.width, config.norm_eps)
-        self.mixer = make_mixer(config.mixers[index], name, config)
-        self.ffn_norm = RMSNorm(config.width, config.norm_eps)
-        self.ffn = make_ffn(name, config)
+        self.mixer_norm = make_norm(config)
+        self.mixer = make_mixer(config, index)
+        self.mixer_residual = make_optional_neuron("mixer_residual", config.width, config)
+        self.ffn_norm = make_norm(config)
+        self.ffn = make_ffn(config, index)
+        self.ffn_residual = make_optional_neuron("ffn_residual", config.width, config)
+        self.dropout = config.dropout
 
     def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
+        residuals = (n for n in (self.mixer_residual, self.ffn_residual) if n is not None)
         return {
-            **self.mixer.zero_state(batch_size, like),
-            **self.ffn.zero_state(batch_size, like),
+            **prefixed("mixer.", self.mixer.zero_state(batch_size, like)),
+            **prefixed("ffn.", self.ffn.zero_state(batch_size, like)),
+            **{
+                n: t for neuron in residuals for n, t in neuron.zero_state(batch_size, like).items()
+            },
         }
 
     def forward(self, x: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
-        y, mixer_state = self.mixer(self.mixer_norm(x), state, context)
-        x = x + y
-        y, ffn_state = self.ffn(self.ffn_norm(x), state, context)
-        return x + y, {**mixer_state, **ffn_state}
+        after: LayerState = {}
+        y, kept = self.mixer(self.mixer_norm(x), unprefixed("mixer.", state), context)
+        after |= prefixed("mixer.", kept)
+        x = x + _through(self.mixer_residual, y, state, after, context)
+        y, kept = self.ffn(self.ffn_norm(x), unprefixed("ffn.", state), context)
+        after |= prefixed("ffn.", kept)
+        x = x + _through(self.ffn_residual, y, state, after, context)
+        return F.dropout(x, self.dropout, self.training), after
+
+
+def _through(
+    neuron: Neuron | None, x: Tensor, state: LayerState, after: LayerState, context: Context
+) -> Tensor:
+    """What the neuron makes of x, its part of the state going into `after`."""
+    if neuron is None:
+        return x
+    spikes: Spikes
+    spikes, kept = neuron(x, state, context.segment, context.probe)
+    after |= kept
+    return spikes.values
 
 
 class LanguageModel(nn.Module):
@@ -67,16 +105,38 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.width)
+        self.embedding = Embedding(config)
+        self.embedding_output = make_optional_neuron("embedding_output", config.width, config)
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.sink_embeddings = None
+        if config.sink_embeddings:
+            self.sink_embeddings = nn.Parameter(torch.empty(config.sink_embeddings, config.width))
         self.layers = nn.ModuleList(Layer(i, config) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = Projection("", "head_input", config.width, config.vocab_size, config)
+        self.norm = make_norm(config)
+        wide = config.init == "orthogonal" and config.vocab_size > config.width
+        gain = 0.5 * math.sqrt(config.vocab_size / config.width) if wide else 1.0
+        self.head = Projection(
+            "head_input", config.width, config.vocab_size, config, init_scale=gain
+        )
+        self.head_qk = HeadQK(config) if config.head_qk_dim else None
         self.tie_weights()
+        self._name_neurons()
 
     def tie_weights(self) -> None:
         """Makes the head read the embedding's matrix, if the configuration says so."""
         if self.config.tie_embeddings:
             self.head.linear.register_parameter("weight", self.embedding.weight)
+
+    def _name_neurons(self) -> None:
+        """Every population gets its module's path for a name, and within its layer's part (mixer,
+        ffn) the rest of that path as the key of its membrane.
+        """
+        for path, module in self.named_modules():
+            if isinstance(module, Neuron):
+                module.name = path.removesuffix(".neuron")
+                parts = module.name.split(".")
+                own = parts[3:] if len(parts) > 3 else parts[-1:]
+                module.key = ".".join(own)
 
     def initialise(self, seed: int) -> LanguageModel:
         """Draws all parameters from `seed`, on the CPU generator; returns the model."""
@@ -86,25 +146,56 @@ class LanguageModel(nn.Module):
                 reset_parameters(module)
         return self
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.sink_embeddings is not None:
+            self.sink_embeddings.normal_(0.0, self.config.width**-0.5)
+
     @property
     def device(self) -> torch.device:
-        return self.embedding.weight.device
+        device: torch.device = self.embedding.weight.device
+        return device
 
     def neurons(self) -> Iterator[Neuron]:
         """Every neuron population, first layer to last."""
         return (module for module in self.modules() if isinstance(module, Neuron))
 
+    def initial_state(self, batch_size: int) -> State:
+        """The state before the first token; float32, or float64 if the model is.
+
+        Zeros, or with sink embeddings what the layers remember of them.
+        """
+        state = self.zero_state(1 if self.sink_embeddings is not None else batch_size)
+        if self.sink_embeddings is None:
+            return state
+        position = torch.arange(self.config.sink_embeddings, device=self.device)[None]
+        context = Context(position, None, causal=False)
+        _, state = self._layers_forward(widen(self.sink_embeddings)[None], state, context)
+        return state.map(lambda tensor: tensor.expand(batch_size, *tensor.shape[1:]))
+
     def zero_state(self, batch_size: int) -> State:
-        """The state before the first token; float32, or float64 if the model is."""
+        """Memory that holds nothing, not even sink embeddings."""
         weight = self.embedding.weight
         like = torch.empty((), dtype=widen(weight[:0]).dtype, device=self.device)
         layers = [layer.zero_state(batch_size, like) for layer in self._layers()]
+        outer = self.head.zero_state(batch_size, like)
+        if self.embedding_output is not None:
+            outer |= self.embedding_output.zero_state(batch_size, like)
+        if self.head_qk is not None:
+            outer |= self.head_qk.zero_state(batch_size, like)
         position = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        head = self.head.zero_state(batch_size, like)
-        return State((*layers, head), position)
+        return State((*layers, outer), position)
 
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
+
+    def _layers_forward(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """The residual stream [B, T, D] through all layers."""
+        layers = []
+        for layer, layer_state in zip(self._layers(), state.layers, strict=False):
+            x, layer_state = layer(x, layer_state, context)
+            layers.append(layer_state)
+        return x, State((*layers, state.layers[-1]), context.position[:, -1] + 1)
 
     def forward(
         self,
@@ -113,30 +204,65 @@ class LanguageModel(nn.Module):
         *,
         reset: Tensor | None = None,
         probe: Probe | None = None,
+        losses: list[Tensor] | None = None,
         last_only: bool = False,
     ) -> tuple[Tensor, State]:
         """Next-token logits of `tokens` [B, T] (T >= 1) after `state`, and the state after them.
 
         `reset` [B, T] marks tokens before which the state is forgotten: starts of packed
-        documents. `last_only` computes the logits of the last token alone. Returns logits
-        [B, T or 1, N] in the parameters' precision.
+        documents. Layers add terms of the training loss (load balance) to `losses`. `last_only`
+        computes the logits of the last token alone. Returns logits [B, T or 1, N] in the
+        parameters' precision.
         """
         if state is None:
-            state = self.zero_state(tokens.shape[0])
-        context = Context(*_positions(tokens, state.position, reset), probe)
+            state = self.initial_state(tokens.shape[0])
+        if reset is not None and self.sink_embeddings is not None:
+            return self._forward_documents(tokens, state, reset, probe, losses, last_only)
+        context = Context(*_positions(tokens, state.position, reset), probe, losses)
+        outer, after = state.layers[-1], dict[str, Tensor]()
         x = widen(self.embedding(tokens))
-        layers = []
-        for layer, layer_state in zip(self._layers(), state.layers, strict=False):
-            x, layer_state = layer(x, layer_state, context)
-            layers.append(layer_state)
+        x = _through(self.embedding_output, x, outer, after, context)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
+        x, state = self._layers_forward(x, state, context)
         x = self.norm(x)
+        copied = None
+        if self.head_qk is not None:
+            copied, kept = self.head_qk(x, tokens, outer, context)
+            after |= kept
         # A membrane in front of the head must see every token.
         if last_only and self.head.neuron.config.kind != "lif":
             x = x[:, -1:]
-        logits, head = self.head(x, state.layers[-1], context)
+        logits, kept = self.head(x, outer, context)
+        after |= kept
+        if copied is not None:
+            logits = logits + copied[:, -logits.shape[1] :].to(logits.dtype)
         if last_only:
             logits = logits[:, -1:]
-        return logits, State((*layers, head), context.position[:, -1] + 1)
+        return logits, State((*state.layers[:-1], after), state.position)
+
+    def _forward_documents(
+        self,
+        tokens: Tensor,
+        state: State,
+        reset: Tensor,
+        probe: Probe | None,
+        losses: list[Tensor] | None,
+        last_only: bool,
+    ) -> tuple[Tensor, State]:
+        """Pieces between resets one after the other, as a document's initial state is not zero."""
+        cuts = [0, *(t for t in range(1, tokens.shape[1]) if bool(reset[:, t].any()))]
+        start = self.initial_state(tokens.shape[0])
+        outputs = []
+        for begin, end in zip(cuts, [*cuts[1:], tokens.shape[1]], strict=True):
+            begins = [row for row in range(tokens.shape[0]) if bool(reset[row, begin])]
+            if begins:
+                state = state.put(begins, start.take(begins))
+            logits, state = self(
+                tokens[:, begin:end], state, probe=probe, losses=losses, last_only=last_only
+            )
+            outputs.append(logits)
+        return (outputs[-1] if last_only else torch.cat(outputs, 1)), state
 
 
 def _positions(tokens: Tensor, seen: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:

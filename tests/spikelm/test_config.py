@@ -85,7 +85,7 @@ def test_yaml_round_trip(original: ModelConfig, tmp_path: Path) -> None:
         ({"norm_eps": False}, "norm_eps: expected float, got False"),
         ({"mixers": []}, "mixers: [] given; allowed: at least one layer"),
         ({"mixers": "delta"}, "mixers: expected a list, got 'delta'"),
-        ({"mixers": ["delta", "detla"]}, "mixers[1]: 'detla' given; allowed: delta, window, full"),
+        ({"mixers": ["delta", "detla"]}, "mixers[1]: 'detla' given; allowed: delta, gla"),
         ({"attention": None}, "attention: expected keys and values, got None"),
         ([1], "configuration: expected keys and values, got [1]"),
         ({"attention": {"num_heads": 3, "num_kv_heads": 2}}, "attention: num_heads 3 is not a"),
@@ -105,7 +105,7 @@ def test_yaml_round_trip(original: ModelConfig, tmp_path: Path) -> None:
             {"neurons": {"ffn_hidden": {"target_silence": 0.9}}},
             "target_silence needs kind: integer",
         ),
-        ({"neurons": {"queries_keys": {"kind": "lif"}}}, "queries_keys takes kind: off or integer"),
+        ({"neurons": {"queries_keys": {"kind": "lif"}}}, "queries_keys takes kind: off, in"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(data: Any, message: str) -> None:

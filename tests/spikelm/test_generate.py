@@ -82,9 +82,9 @@ def test_long_prompts_run_in_pieces(engine: Engine) -> None:
     ids = torch.randint(0, 256, (1, 2500), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         model = engine.model
-        pieces, state = run(model, ids, None, eos_id=256, last_only=False)
+        pieces, state = run(model, ids, None, reset_id=256, last_only=False)
         assert pieces.shape == (1, 2500, 257)
-        last, again = run(model, ids, None, eos_id=256)
+        last, again = run(model, ids, None, reset_id=256)
         whole, _ = model(ids)
     torch.testing.assert_close(last[:, 0], pieces[:, -1])
     assert state.position.item() == again.position.item() == 2500

@@ -9,7 +9,8 @@ from spikelm_train.silence import MAX_DEAD_ZONE, Silence
 
 
 def make_neuron(tensor_class: str, config: NeuronConfig, layer: int = 0) -> Neuron:
-    neuron = Neuron(f"layers.{layer}.{tensor_class}", tensor_class, 64, config)
+    neuron = Neuron(tensor_class, 64, config)
+    neuron.name = f"layers.{layer}.{tensor_class}"
     neuron.reset_parameters()
     return neuron
 

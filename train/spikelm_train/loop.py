@@ -218,12 +218,15 @@ class Trainer:
             batch = to_batch(rows, self.corpus.tokenizer.eos_id, accelerator.device)
             more = part < parts - 1
             with accelerator.no_sync(self.model) if more else contextlib.nullcontext():
-                logits, _ = self.model(batch.inputs, reset=batch.reset, probe=self.silence)
+                balance: list[torch.Tensor] = []
+                logits, _ = self.model(
+                    batch.inputs, reset=batch.reset, probe=self.silence, losses=balance
+                )
                 loss = cross_entropy(logits, batch.targets).mean()
-                objective = loss
+                objective = sum(balance, start=loss)
                 if self.silence.penalise:
                     weight = self.config.l1_hidden * min(1.0, progress / L1_RAMP)
-                    objective = loss + weight * self.silence.take_l1()
+                    objective = objective + weight * self.silence.take_l1()
                 accelerator.backward(objective / parts)
             total += loss.detach() / parts
         return float(accelerator.reduce(total, "mean"))

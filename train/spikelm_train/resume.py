@@ -21,6 +21,7 @@ from typing import Any
 
 from spikelm.config import from_dict, load_yaml, save_yaml, to_dict
 from spikelm.errors import CheckpointError, ConfigError
+from spikelm.tokenizer import FILES as TOKENIZER_FILES
 from spikelm_train.config import TrainConfig, differences
 
 CONFIG, CHECKPOINT, POSITION = "config.yaml", "checkpoint", "position.json"
@@ -29,8 +30,7 @@ MODEL_FILES = (
     "generation_config.json",
     "model.safetensors",
     "chat_template.jinja",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *TOKENIZER_FILES,
 )
 RUN_FILES = (
     CONFIG,

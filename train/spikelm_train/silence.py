@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from spikelm.config import TENSOR_CLASSES
+from spikelm.config import TENSOR_CLASSES, WEIGHTLESS_CLASSES
 from spikelm.neurons import Neuron, Spikes
 
 MIN_DEAD_ZONE, MAX_DEAD_ZONE = 1e-3, 1e2
@@ -74,14 +74,14 @@ class Silence:
     def fractions(self, counts: Tensor) -> tuple[float | None, dict[str, float]]:
         """Silent fraction of all vectors that enter projections, and per tensor class.
 
-        Queries and keys enter no projection and are left out of the total.
+        Classes that enter no projection are left out of the total.
         """
         sums: dict[str, Tensor] = {}
         for neuron, column in zip(self._measured(), counts.T.cpu(), strict=True):
             name = neuron.tensor_class
             sums[name] = sums[name] + column if name in sums else column
         classes = {n: float(sums[n][0] / sums[n][1]) for n in TENSOR_CLASSES if n in sums}
-        entering = [column for name, column in sums.items() if name != "queries_keys"]
+        entering = [column for name, column in sums.items() if name not in WEIGHTLESS_CLASSES]
         if not entering:
             return None, classes
         zeros, entries = torch.stack(entering).sum(0)

@@ -78,7 +78,8 @@ def test_sparse_vectors_are_calibrated() -> None:
     """One active channel in a hundred: most of its code lies far above the mean."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(200, 400, generator=g).square() * (torch.rand(200, 400, generator=g) < 0.01)
-    neuron = Neuron("n", "ffn_hidden", 400, NeuronConfig())
+    neuron = Neuron("ffn_hidden", 400, NeuronConfig())
+    neuron.name = "n"
     zones = calibrate.DeadZones()
     zones(neuron, x, Spikes(x, None, None))
     assert zones.quantile("n", 0.9) == 0.0
@@ -97,7 +98,7 @@ def test_saturated_counts_are_reported(
     model = LanguageModel(tiny_config(neurons=NeuronsConfig(ffn_input=ternary))).initialise(0)
     checkpoint.save(tmp_path / "model", model, Tokenizer.bytes())
     manifest = convert(tmp_path / "model", tmp_path / "coded", WINDOWS)
-    entry = next(e for e in manifest["neurons"] if e["name"] == "layers.0.ffn_input")
+    entry = next(e for e in manifest["neurons"] if e["name"] == "layers.0.ffn.input")
     assert (entry["code"], entry["steps"]) == ("ternary", 1)
     # Every count is -1, 0 or 1, and every one that is not silent sits at the clip.
     assert entry["saturated_fraction"] == pytest.approx(1 - entry["silent_fraction"])

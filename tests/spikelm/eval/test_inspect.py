@@ -98,8 +98,8 @@ def test_lif_threshold_and_membrane(tiny_config: Callable[..., ModelConfig]) -> 
     lif = NeuronConfig(kind="lif", tau=4.0, v_threshold=0.5)
     model = LanguageModel(tiny_config(neurons=NeuronsConfig(ffn_hidden=lif, head_input=lif)))
     state = describe_state(model)
-    assert state["per_layer"]["delta"]["tensors"]["ffn_hidden.v"] == 4 * 64
-    assert state["head"] == {"head_input.v": 4 * 32}
+    assert state["per_layer"]["delta"]["tensors"]["ffn.output.v"] == 4 * 64
+    assert state["head"] == {"head.v": 4 * 32}
     neuron = next(n for n in model.neurons() if n.tensor_class == "ffn_hidden")
     assert module._threshold(neuron, None) == {"v_threshold": 0.5, "tau": 4.0, "origin": None}
 
@@ -114,7 +114,7 @@ def test_state_is_the_models_and_grows_only_with_full(
     assert described["bytes"] == model.zero_state(1).nbytes
     assert seven.nbytes - three.nbytes == 4 * described["bytes_per_token"] > 0
     assert described["per_layer"]["full"]["layers"] == [1, 3]
-    assert described["per_layer"]["delta"]["tensors"]["S"] == 4 * 2 * 8 * 12
+    assert described["per_layer"]["delta"]["tensors"]["mixer.S"] == 4 * 2 * 8 * 12
     per_layer = described["per_layer"].values()
     tensors = sum(len(kind["layers"]) * sum(kind["tensors"].values()) for kind in per_layer)
     assert tensors + 8 == described["bytes"]
@@ -128,7 +128,7 @@ def test_manifest_of_another_model_is_an_error(coded_folder: Path, tmp_path: Pat
     manifest = json.loads(path.read_text())
     manifest["neurons"].pop()
     path.write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="lacks 'head_input'; convert the model again"):
+    with pytest.raises(CheckpointError, match="lacks 'head'; convert the model again"):
         inspect(folder)
 
 

@@ -1,6 +1,6 @@
-"""Token mixers: modules around the kernels, each `(x, state, context) -> (y, state)`.
+"""`delta`: DeltaNet, Gated DeltaNet, KDA and GDN-2.
 
-B sequences, T tokens, D width, H heads, G key/value heads, K key and V value channels per head.
+B sequences, T tokens, D width, H heads, K key and V value channels per head.
 """
 
 from __future__ import annotations
@@ -10,10 +10,17 @@ from torch import Tensor, nn
 
 from spikelm.config import ModelConfig
 from spikelm.kernels.activation import sigmoid, silu
-from spikelm.kernels.attention import Memory, attention
 from spikelm.kernels.delta import delta_rule
 from spikelm.kernels.shift import causal_taps
-from spikelm.models.layers import Context, Projection, RMSNorm, widen
+from spikelm.models.layers import (
+    Context,
+    MixerTable,
+    Part,
+    Projection,
+    RMSNorm,
+    make_neuron,
+    widen,
+)
 from spikelm.neurons import Neuron
 from spikelm.state import LayerState
 
@@ -21,14 +28,14 @@ from spikelm.state import LayerState
 UNIT_EPS = 1e-6
 
 
-class DeltaMixer(nn.Module):
+class DeltaMixer(Part):
     """Gated delta rule with short convolutions, shared low-rank gates and an output gate.
 
     One spike vector feeds q, k, v and the gates' bottleneck, so a silent channel skips one
     contiguous weight row.
     """
 
-    def __init__(self, name: str, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = c = config.delta
         keys, values = c.num_heads * c.key_dim, c.num_heads * c.value_dim
@@ -37,17 +44,15 @@ class DeltaMixer(nn.Module):
         rates = [keys, values] if c.gates == "split" else [c.num_heads]
         self.gate_sizes = [decays, *rates, values]
         self.input = Projection(
-            name, "mixer_input", config.width, sum(self.qkv_sizes) + c.gate_rank, config
+            "mixer_input", config.width, sum(self.qkv_sizes) + c.gate_rank, config
         )
-        self.gates = Projection(name, "gate_input", c.gate_rank, sum(self.gate_sizes), config)
+        self.gates = Projection("gate_input", c.gate_rank, sum(self.gate_sizes), config)
         self.gate_bias = nn.Parameter(torch.empty(sum(self.gate_sizes)))
         self.conv = nn.Parameter(torch.empty(c.conv_size, sum(self.qkv_sizes)))
-        self.queries = Neuron(
-            f"{name}.queries", "queries_keys", c.key_dim, config.neurons.queries_keys
-        )
-        self.keys = Neuron(f"{name}.keys", "queries_keys", c.key_dim, config.neurons.queries_keys)
+        self.queries = make_neuron("queries_keys", c.key_dim, config)
+        self.keys = make_neuron("queries_keys", c.key_dim, config)
         self.norm = RMSNorm(c.value_dim, config.norm_eps)
-        self.output = Projection(name, "mixer_output", values, config.width, config, init_scale=0.5)
+        self.output = Projection("mixer_output", values, config.width, config, init_scale=0.5)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -127,53 +132,4 @@ class DeltaMixer(nn.Module):
         return log_decay, erase, write, rates[-1]
 
 
-class AttentionMixer(nn.Module):
-    """Softmax attention over a window with sinks, or over all tokens (`window` None)."""
-
-    def __init__(self, name: str, config: ModelConfig, window: int | None) -> None:
-        super().__init__()
-        self.config = c = config.attention
-        self.window = window
-        self.sizes = [c.num_heads * c.head_dim] + [c.num_kv_heads * c.head_dim] * 2
-        self.input = Projection(name, "mixer_input", config.width, sum(self.sizes), config)
-        self.output = Projection(
-            name, "mixer_output", self.sizes[0], config.width, config, init_scale=0.5
-        )
-
-    def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
-        slots = 0 if self.window is None else self.window
-        sinks = 0 if self.window is None else self.config.sinks
-        heads, channels = self.config.num_kv_heads, self.config.head_dim
-        shapes = {"k": slots, "v": slots, "sink_k": sinks, "sink_v": sinks}
-        return {
-            **{n: like.new_zeros(batch_size, size, heads, channels) for n, size in shapes.items()},
-            **self.input.zero_state(batch_size, like),
-            **self.output.zero_state(batch_size, like),
-        }
-
-    def forward(self, x: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
-        c = self.config
-        projected, kept = self.input(x, state, context)
-        parts = widen(projected).split(self.sizes, -1)
-        q, k, v = (part.unflatten(-1, (-1, c.head_dim)) for part in parts)
-        memory = Memory(state["k"], state["v"], state["sink_k"], state["sink_v"])
-        out, memory = attention(
-            q,
-            k,
-            v,
-            memory,
-            context.position,
-            context.segment,
-            window=self.window,
-            rope_theta=c.rope_theta,
-        )
-        y, kept_output = self.output(out.flatten(2), state, context)
-        stored = {"k": memory.k, "v": memory.v, "sink_k": memory.sink_k, "sink_v": memory.sink_v}
-        return y, {**stored, **kept, **kept_output}
-
-
-def make_mixer(kind: str, name: str, config: ModelConfig) -> DeltaMixer | AttentionMixer:
-    """The mixer module `kind` ("delta", "window" or "full")."""
-    if kind == "delta":
-        return DeltaMixer(name, config)
-    return AttentionMixer(name, config, config.attention.window if kind == "window" else None)
+MIXERS: MixerTable = {"delta": lambda config, layer: DeltaMixer(config)}
