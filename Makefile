@@ -45,8 +45,9 @@ unit: install ## the tests; warnings are errors
 test-gpu: ## the tests that need a CUDA device (BIN=/usr/bin uses a Python outside .venv)
 	@$(BIN)/python -m pytest -q -m gpu
 
-docs: install ## write docs/cli.md from the commands' --help
+docs: install ## write docs/cli.md from the commands' --help, and the table of docs/models.md
 	@COLUMNS=100 $(BIN)/python -c "import pathlib, spikelm.cli as c; pathlib.Path('docs/cli.md').write_text(c.reference())"
+	@$(BIN)/python -m spikelm.eval.presets docs/models.md
 
 build: install ## sdist and wheel in dist/
 	@$(BIN)/python -m build

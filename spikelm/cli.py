@@ -25,6 +25,10 @@ from spikelm.errors import MissingExtraError, SpikelmError, did_you_mean
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("spikelm_train.cli:main", "train a model from a YAML recipe"),
     "import": ("spikelm.conversion.importing.cli:main", "read a checkpoint of another project"),
+    "upcycle": (
+        "spikelm.conversion.cli:main_upcycle",
+        "turn a dense model into a mixture of experts",
+    ),
     "convert": ("spikelm.conversion.cli:main", "turn a trained model into a spike-coded one"),
     "generate": ("spikelm_serve.generate:main", "continue a prompt"),
     "chat": ("spikelm_serve.chat:main", "talk to a model in the terminal"),

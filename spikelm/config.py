@@ -522,13 +522,23 @@ def find_config(kind: str, name: str) -> Path:
     given = Path(name)
     if given.is_file():
         return given
-    package = Path(__file__).parent
-    folders = [package / "configs" / kind, package.parent / "configs" / kind]
+    folders = _folders(kind)
     for folder in folders:
         if (folder / f"{name}.yaml").is_file():
             return folder / f"{name}.yaml"
     known = {p.stem for folder in folders for p in folder.glob("*.yaml")}
     raise ConfigError(f"no such file or preset ({kind}): '{name}'; {did_you_mean(name, known)}")
+
+
+def _folders(kind: str) -> list[Path]:
+    """Where presets are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return [package / "configs" / kind, package.parent / "configs" / kind]
+
+
+def presets() -> list[str]:
+    """The names of the model presets."""
+    return sorted({p.stem for folder in _folders("models") for p in folder.glob("*.yaml")})
 
 
 def load_model_config(name: str) -> ModelConfig:

@@ -1,10 +1,11 @@
-"""`spikelm convert RUN OUT`."""
+"""`spikelm convert RUN OUT` and `spikelm upcycle MODEL OUT`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from spikelm.config import ExpertsConfig
 from spikelm.corpus import builtin_documents, read_documents
 from spikelm.errors import CheckpointError, ConfigError, DataError
 
@@ -83,6 +84,55 @@ def main(argv: list[str]) -> int:
     windows = torch.tensor(ids[: rows * WINDOW_TOKENS]).view(rows, WINDOW_TOKENS)
     manifest = convert(source, out, windows, silence=silence, group_size=arguments.group_size)
     _report(manifest, out)
+    return 0
+
+
+def build_upcycle_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spikelm upcycle",
+        description="Turn the gated feed-forward layers of a float model into mixtures of experts, "
+        "to be trained on.",
+    )
+    parser.add_argument("source", metavar="MODEL", help="float model folder")
+    parser.add_argument("out", metavar="OUT", help="folder for the mixture")
+    parser.add_argument("--experts", type=int, default=16, metavar="N", help="routed experts (16)")
+    parser.add_argument("--top-k", type=int, default=1, metavar="K", help="used per token (1)")
+    parser.add_argument("--shared", type=int, default=1, metavar="S", help="shared experts (1)")
+    parser.add_argument(
+        "--dense-layers",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="LAYER",
+        help="layers, from 0, that stay dense",
+    )
+    return parser
+
+
+def main_upcycle(argv: list[str]) -> int:
+    args = build_upcycle_parser().parse_args(argv)
+    experts = ExpertsConfig(
+        num_experts=args.experts,
+        top_k=args.top_k,
+        num_shared=args.shared,
+        dense_layers=tuple(args.dense_layers),
+    )
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder; give another OUT")
+
+    from spikelm import checkpoint
+    from spikelm.conversion.upcycle import expert_scale, upcycle
+
+    loaded = checkpoint.load(args.source)
+    if loaded.manifest is not None:
+        raise ConfigError(f"{args.source} is spike-coded; give the float folder it came from")
+    mixture = upcycle(loaded.model, experts)
+    checkpoint.save(out, mixture, loaded.tokenizer)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (loaded.model, mixture))
+    print(
+        f"{out}: {before:,} -> {after:,} parameters, experts scaled by {expert_scale(experts):.4f}"
+    )
     return 0
 
 

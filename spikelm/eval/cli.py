@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from spikelm.config import presets
 from spikelm.errors import ConfigError
 
 DATA_HELP = "text files, globs or datasets to measure on instead of the built-in corpus"
@@ -138,7 +139,11 @@ def build_inspect_parser() -> argparse.ArgumentParser:
         description="Where the spikes are: what feeds every projection, its neuron, threshold, "
         "code and silence, and the weight bytes it reads.",
     )
-    parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="model folder, float or spike-coded; or a preset, name or YAML file, for its sizes",
+    )
     parser.add_argument("--data", metavar="FILE", nargs="+", help=DATA_HELP)
     parser.add_argument("--backend", default="auto", help=BACKEND_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -147,6 +152,13 @@ def build_inspect_parser() -> argparse.ArgumentParser:
 
 def main_inspect(argv: list[str]) -> int:
     args = build_inspect_parser().parse_args(argv)
+    path = Path(args.model)
+    if not path.is_dir() and (path.suffix == ".yaml" or args.model in presets()):
+        from spikelm.eval.presets import describe_preset, preset_table
+
+        described = describe_preset(args.model)
+        print(json.dumps(described, indent=2) if args.json else preset_table([described]))
+        return 0
     from spikelm.corpus import read_documents
     from spikelm.eval.inspect import MEASURED_BYTES, inspect
     from spikelm.eval.tables import inspection_table
