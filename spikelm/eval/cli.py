@@ -1,4 +1,4 @@
-"""`spikelm eval`, `spikelm bench length` and `spikelm inspect`."""
+"""`spikelm eval`, `spikelm bench` and `spikelm inspect`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from spikelm.errors import ConfigError
 
 DATA_HELP = "text files, globs or datasets to measure on instead of the built-in corpus"
 BACKEND_HELP = "event-driven implementation of spike-coded models (%(default)s)"
+# More text than this per token wanted need not be read.
+BYTES_PER_TOKEN = 64
 XZ, XZ_AFTER = "xz_bits_per_byte", "xz_after_training_bits_per_byte"
 
 
@@ -96,12 +98,75 @@ def build_bench_parser() -> argparse.ArgumentParser:
     )
     memory.add_argument("--backend", default="auto", help=BACKEND_HELP)
     memory.add_argument("--json", action="store_true", help="print one JSON object")
+    about = "training speed of one layer on the CPU, beside plain loops over the tokens"
+    block = commands.add_parser("block", help=about, description=about.capitalize() + ".")
+    block.add_argument(
+        "model", metavar="PRESET", nargs="?", default="spikegpt-46m", help="name or YAML file"
+    )
+    block.add_argument("--batch", type=int, default=4, help="sequences (%(default)s)")
+    block.add_argument("--tokens", type=int, default=1024, help="of each sequence (%(default)s)")
+    block.add_argument(
+        "--call-tokens", type=int, metavar="N", help="of the form called per token (--tokens)"
+    )
+    block.add_argument(
+        "--repeats", type=int, default=5, help="runs of which the median counts (%(default)s)"
+    )
+    block.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of the matrix products; bfloat16 is autocast (%(default)s)",
+    )
+    block.add_argument("--json", action="store_true", help="print one JSON object")
+    about = "what sending changes of counts, or stopping at a sure token, would save and cost"
+    steps = commands.add_parser("steps", help=about, description=about.capitalize() + ".")
+    steps.add_argument("model", metavar="MODEL", help="model folder with spiking projections")
+    steps.add_argument("--data", metavar="FILE", nargs="+", help=DATA_HELP)
+    steps.add_argument(
+        "--tokens", type=int, default=4096, help="of the text to measure on (%(default)s)"
+    )
+    steps.add_argument("--backend", default="auto", help=BACKEND_HELP)
+    steps.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def main_bench(argv: list[str]) -> int:
     args = build_bench_parser().parse_args(argv)
-    return _bench_length(args) if args.command == "length" else _bench_memory(args)
+    commands = {
+        "length": _bench_length,
+        "memory": _bench_memory,
+        "block": _bench_block,
+        "steps": _bench_steps,
+    }
+    return commands[args.command](args)
+
+
+def _bench_block(args: argparse.Namespace) -> int:
+    from spikelm.eval.block import bench_block
+    from spikelm.eval.tables import block_table
+
+    report = bench_block(
+        args.model,
+        batch=args.batch,
+        tokens=args.tokens,
+        call_tokens=args.call_tokens,
+        repeats=args.repeats,
+        dtype=args.dtype,
+    )
+    print(json.dumps(report, indent=2) if args.json else block_table(report))
+    return 0
+
+
+def _bench_steps(args: argparse.Namespace) -> int:
+    from spikelm.corpus import read_documents
+    from spikelm.eval.steps import bench_steps
+    from spikelm.eval.tables import steps_table
+
+    enough = BYTES_PER_TOKEN * max(1, args.tokens)
+    documents = first_bytes(read_documents(args.data), enough) if args.data else None
+    report = bench_steps(args.model, documents, tokens=args.tokens, backend=args.backend)
+    print(json.dumps(report, indent=2) if args.json else steps_table(report))
+    return 0
 
 
 def _bench_memory(args: argparse.Namespace) -> int:

@@ -170,3 +170,98 @@ def memory_table(report: Mapping[str, Any]) -> str:
         sizes = [size(row["state_bytes"]), size(row["resident_bytes"])]
         rows.append([f"{row['tokens']:,}", *sizes, f"{row['ms_per_token']:.2f}"])
     return aligned(rows, left=0)
+
+
+FORM_TITLES = {
+    "shipped": "as shipped",
+    "torch": "without native code",
+    "token_loop": "recurrences token by token",
+    "one_token_calls": "one token per call",
+}
+
+
+def block_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm bench block` prints: a row per form."""
+    rows = [["forward + backward", "tokens", "tokens per second", "slowest", "fastest", "shipped"]]
+    for row in report["measurements"]:
+        seen = report["batch"] * row["tokens"]
+        rates = [seen / max(row["seconds"]), seen / min(row["seconds"])]
+        rows.append(
+            [
+                FORM_TITLES[row["form"]],
+                f"{report['batch']} x {row['tokens']:,}",
+                *(f"{rate:,.0f}" for rate in (row["tokens_per_second"], *rates)),
+                f"{row['shipped_over_this']:.2f} x",
+            ]
+        )
+    native = report["native"]
+    found = "in use" if native["in_layer"] else "has none for this layer"
+    lines = [
+        aligned(rows),
+        "",
+        f"{report['model']}, layer {report['layer']}: {report['mixer']}, width {report['width']}, "
+        f"{report['parameters']:,} parameters",
+        f"CPU, {report['threads']} threads, {report['dtype']}, medians of {report['repeats']}",
+        f"native code: {native['unavailable'] or found}",
+        "outputs and gradients in float64 differ by "
+        f"{report['largest_difference']:.1e} of a tensor's largest entry at most",
+    ]
+    return "\n".join(lines)
+
+
+def steps_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm bench steps` prints."""
+    delta, confident = report["delta"], report["confidence"]
+    least = delta["changes"]
+    changes = [f"|d| >= {change}" for change in least]
+    rows = [["silent", "counts", "fixed step", *changes, "their error", "a dead zone's"]]
+    for name, found in delta["classes"].items():
+        silent = [found["silent"], found["silent_fixed_step"], *found["silent_changes"]]
+        errors = [found["error"][-1], found["error_dead_zone"][-1]]
+        rows.append([name, *map(percent, [*silent, *errors])])
+    read = [delta["bytes"], delta["bytes_fixed_step"], *delta["bytes_changes"]]
+    rows.append(["weight bytes per token", *map(size, read), "", ""])
+    lines = [
+        f"{report['name']}, {report['tokens']:,} tokens",
+        "",
+        aligned(rows),
+        "",
+        "d: change of a count since it was last sent; error: its energy that is lost where "
+        f"changes below {least[-1]} are not sent, and in a dead zone that fires as often",
+        f"without silence {size(delta['bytes_without_silence'])} per token; changes need "
+        f"{size(delta['state_bytes'])} of state more",
+        "",
+    ]
+    if confident is None:
+        return "\n".join([*lines, f"dynamic confidence: none, {report['confidence_missing']}"])
+    head = ["stop at", f"planes of {confident['planes']}", "rows", "same token", "bits/token"]
+    rows = [["dynamic confidence", *head[1:], "rows, each once", "dead zone: same", "bits/token"]]
+    for stop in confident["stops"]:
+        zone = stop["dead_zone"]
+        rows.append(
+            [
+                f"{stop['confidence']:g}",
+                f"{stop['planes']:.2f}",
+                percent(stop["rows"]),
+                percent(stop["same_token"]),
+                f"{stop['bits_per_token']:.3f}",
+                percent(stop["rows_once"]),
+                percent(zone["same_token"]),
+                f"{zone['bits_per_token']:.3f}",
+            ]
+        )
+    rows.append(
+        [
+            "never",
+            f"{confident['planes']:.2f}",
+            percent(confident["rows"]),
+            percent(1.0),
+            f"{confident['bits_per_token']:.3f}",
+            percent(1.0),
+            percent(1.0),
+            f"{confident['bits_per_token']:.3f}",
+        ]
+    )
+    return "\n".join(
+        [*lines, aligned(rows), "", "rows of the head, 100 %: the plain event product"]
+    )

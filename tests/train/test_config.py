@@ -44,6 +44,8 @@ def test_sources_replace_those_of_the_recipe() -> None:
 
 def test_bytes_have_257_entries() -> None:
     assert load_recipe("demo", ["tokenizer.kind=bytes"]).model.vocab_size == 257
+    spikegpt = load_recipe("demo", ["model=spikegpt-46m"]).model
+    assert (spikegpt.vocab_size, spikegpt.width) == (1024, 512)
 
 
 def test_resolved_recipe_is_reloadable(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from spikelm.config import (
+    TENSOR_CLASSES,
     ModelConfig,
     NeuronConfig,
     find_config,
@@ -15,7 +17,7 @@ from spikelm.config import (
     load_yaml,
     override,
 )
-from spikelm.errors import ConfigError
+from spikelm.errors import ConfigError, did_you_mean
 
 BYTE_VOCABULARY = 257
 
@@ -130,6 +132,62 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StageConfig:
+    """From a share of the run on, one tensor class has other integer neurons: fewer counts in
+    stages, as IIR-SNN takes fewer time steps (Chowdhury et al. 2021). Null leaves a field alone.
+    """
+
+    at: float
+    """Share of the run after which the stage begins."""
+    tensor_class: str
+    """Whose neurons it changes."""
+    k: float | None = None
+    """Counts per mean |x| (adaptive scale); a learned k goes on from here."""
+    max_count: int | None = None
+    """Clip of |count|."""
+    target_silence: float | None = None
+    """Silent fraction that the dead zone is steered to."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.at < 1, "at", self.at, "0 < at < 1")
+        if self.tensor_class not in TENSOR_CLASSES:
+            near = did_you_mean(self.tensor_class, TENSOR_CLASSES)
+            raise ConfigError(f"tensor_class: '{self.tensor_class}' given; {near}")
+        if not self.changes:
+            raise ConfigError("the stage changes nothing; give k, max_count or target_silence")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields of `NeuronConfig` that change, with their values."""
+        given = {n: getattr(self, n) for n in ("k", "max_count", "target_silence")}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def staged(model: ModelConfig, stages: Sequence[StageConfig]) -> ModelConfig:
+    """`model` once `stages` have begun, first to last: the same shapes, other neurons.
+
+    Raises: ConfigError for a neuron that has no such field, or a value it does not take.
+    """
+    neurons = model.neurons
+    for stage in stages:
+        name = stage.tensor_class
+        neuron: NeuronConfig = getattr(neurons, name)
+        where = f"stages, {name} at {stage.at:g}"
+        if neuron.kind != "integer":
+            raise ConfigError(
+                f"{where}: its neuron is {neuron.kind}; allowed: kind: integer, "
+                f"set model.neurons.{name} or drop the stage"
+            )
+        if neuron.scale == "fixed" and stage.changes.keys() != {"max_count"}:
+            raise ConfigError(f"{where}: a neuron of fixed scale changes max_count alone")
+        try:
+            neurons = replace(neurons, **{name: replace(neuron, **stage.changes)})
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    return replace(model, neurons=neurons)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """A complete run."""
 
@@ -157,6 +215,8 @@ class TrainConfig:
     """Weight of sum_c |h_c| of the FFN's hidden vector, mean over tokens and layers (nats)."""
     silence_rate: float = 0.2
     """Gain per step of the rule that steers dead zones to `target_silence`."""
+    stages: tuple[StageConfig, ...] = ()
+    """Changes of the neurons in the course of the run, in the order of their `at`."""
     log_every: int = 10
     """Steps between progress lines."""
     eval_every: int = 250
@@ -196,8 +256,11 @@ class TrainConfig:
         seconds = self.max_seconds
         ok = seconds is None or (seconds > 0 and math.isfinite(seconds))
         _require(ok, "max_seconds", seconds, "a number > 0, or null")
-        for spec in fields(self.model.neurons):
-            neuron: NeuronConfig = getattr(self.model.neurons, spec.name)
+        for before, after in itertools.pairwise(self.stages):
+            _require(before.at <= after.at, "stages", [before.at, after.at], "at in rising order")
+        last = staged(self.model, self.stages)
+        for spec in fields(last.neurons):
+            neuron: NeuronConfig = getattr(last.neurons, spec.name)
             if neuron.target_silence is not None and neuron.dead_zone == 0:
                 raise ConfigError(
                     f"model.neurons.{spec.name}.dead_zone: 0 given; allowed: > 0 where "
@@ -225,6 +288,8 @@ def load_recipe(
     data = override(data, presets)
     if isinstance(data.get("model"), str):
         data["model"] = load_yaml(find_config("models", data["model"]))
+        # A preset's vocabulary belongs to the tokenizer it was published with.
+        data["model"].pop("vocab_size", None)
     data = override(data, [a for a in assignments if a not in presets])
     if sources:
         given = data.get("data") or {}

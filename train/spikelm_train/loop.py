@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import pickle
@@ -23,6 +24,7 @@ from spikelm_train.data import Corpus, make_sampler, prepare
 from spikelm_train.optim import lr_factor, make_optimizer
 from spikelm_train.report import Reporter
 from spikelm_train.silence import Silence
+from spikelm_train.stages import Stages
 from spikelm_train.validation import cross_entropy, sample_text, to_batch, validation_sums
 
 # The L1 term grows to its weight over this part of the run.
@@ -128,6 +130,9 @@ class Trainer:
         )
         self.silence = Silence(self.module.neurons(), config.silence_rate)
         self.silence.penalise = config.l1_hidden > 0
+        self.stages = Stages(config.stages, self.module)
+        if config.stages:
+            accelerator.register_for_checkpointing(self.stages)
         rows = config.micro_batch_size * config.grad_accum_steps * accelerator.num_processes
         self.sampler = make_sampler(config, corpus, rows)
         self.tokens_per_step = rows * config.data.sequence_length
@@ -175,6 +180,7 @@ class Trainer:
         config, silence = self.config, self.silence
         # Half a step ahead, so that the warm-up's first step is not wasted at rate 0.
         progress = config.progress(self.step + 0.5, seconds)
+        self._enter_stages(progress)
         lr = config.optim.lr * lr_factor(config.optim, progress)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -246,7 +252,8 @@ class Trainer:
 
     def sample(self) -> str:
         """The recipe's prompt and what the model makes of it."""
-        return sample_text(self.module, self.corpus.tokenizer, self.config, self.out)
+        config = dataclasses.replace(self.config, model=self.module.config, stages=())
+        return sample_text(self.module, self.corpus.tokenizer, config, self.out)
 
     def save(self, seconds: float, *, finished: bool = False) -> None:
         """Writes the checkpoint to continue from, and the loss curve."""
@@ -310,7 +317,14 @@ class Trainer:
                 f"validation at step {self.step}: loss {loss:.3f}  {bits:.3f} bits/byte"
             )
 
+    def _enter_stages(self, progress: float) -> None:
+        for stage in self.stages.enter(progress):
+            changes = ", ".join(f"{name} {value:g}" for name, value in stage.changes.items())
+            self._say(f"stage after step {self.step}: {stage.tensor_class} {changes}")
+
     def _finish(self, seconds: float) -> None:
+        # A budget may end before the last stage; the model is what the recipe ends with.
+        self._enter_stages(1.0)
         self._report_validation()
         if self.reporter:
             if self.config.sample_every:
