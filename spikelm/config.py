@@ -50,7 +50,7 @@ Surrogate = Literal["arctan", "sigmoid", "rectangle", "triangle", "fast_sigmoid"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NeuronConfig:
-    """The neuron in front of one class of projections (DESIGN section 3)."""
+    """The neuron in front of one class of projections; docs/neurons.md has the formulas."""
 
     kind: Literal["off", "integer", "lif", "step"] = "off"
     """off: floats; integer: spike counts; lif: token-axis membrane; step: [x >= v_threshold]."""
@@ -104,6 +104,13 @@ class NeuronConfig:
                 raise ConfigError(
                     "target_silence needs kind: integer; an empty mapping {} switches a neuron off"
                 )
+        zoned = self.dead_zone or self.target_silence is not None
+        if self.kind == "integer" and self.scale == "fixed" and zoned:
+            raise ConfigError(
+                "dead_zone and target_silence need scale: adaptive; a fixed scale has no zone"
+            )
+        if self.kind == "lif" and self.learn and self.tau == 1:
+            raise ConfigError("tau: 1 given with learn: true; allowed: a number > 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,6 +262,8 @@ class AttentionConfig:
         _require_positive(self, "num_heads", "num_kv_heads", "head_dim", "window")
         _require(self.sinks >= 0, "sinks", self.sinks, "an integer >= 0")
         _require_groups(self.num_heads, self.num_kv_heads)
+        if self.rope_theta is None and self.rope_scaling is not None:
+            raise ConfigError("rope_scaling needs a rope_theta; null is given")
         if self.rope_theta is not None:
             _require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a number > 0, or null")
             _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even when RoPE is on")

@@ -14,7 +14,7 @@ from torch import Tensor
 from spikelm.checkpoint import Checkpoint
 from spikelm.config import WEIGHTLESS_CLASSES
 from spikelm.errors import DataError
-from spikelm.models.spikelm import LanguageModel
+from spikelm.models.spikelm import LanguageModel, shared_losses
 from spikelm.neurons import Neuron, Spikes
 from spikelm.sampling import Sampler, SamplingParams
 from spikelm.state import State
@@ -91,9 +91,11 @@ def run(
     """
     outputs = []
     for piece in tokens.split(PREFILL_TOKENS, dim=1):
+        share = piece.shape[1] / tokens.shape[1]
         begins = None if reset_id is None else piece == reset_id
         reset = begins if begins is not None and bool(begins.any()) else None
-        logits, state = model(piece, state, reset=reset, losses=losses, last_only=last_only)
+        with shared_losses(losses, share) as terms:
+            logits, state = model(piece, state, reset=reset, losses=terms, last_only=last_only)
         outputs.append(logits)
     assert state is not None
     return (outputs[-1] if last_only else torch.cat(outputs, 1)), state

@@ -26,7 +26,7 @@ from spikelm.errors import CheckpointError, ConfigError
 from spikelm.generate import run
 from spikelm.models.coded import use_coded_linears
 from spikelm.models.layers import reset_parameters
-from spikelm.models.spikelm import LanguageModel
+from spikelm.models.spikelm import LanguageModel, shared_losses
 from spikelm.state import State
 
 
@@ -174,7 +174,7 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
         if mask is None or bool(mask.all()):
             logits, state = self._run(input_ids, state, last_only, losses)
         else:
-            logits, state = self._run_padded(input_ids, mask, state, last_only)
+            logits, state = self._run_padded(input_ids, mask, state, last_only, losses)
         logits = logits[:, -logits_to_keep:]
         loss = None
         if labels is not None:
@@ -199,7 +199,12 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
         return run(self.model, ids, state, reset_id=reset_id, last_only=last_only, losses=losses)
 
     def _run_padded(
-        self, ids: Tensor, mask: Tensor, state: State | None, last_only: bool
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        state: State | None,
+        last_only: bool,
+        losses: list[Tensor] | None,
     ) -> tuple[Tensor, State]:
         """Row by row without the padding; real tokens must lie together."""
         T = ids.shape[1]
@@ -212,7 +217,9 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
                     "padding only before or after it"
                 )
             before = None if state is None else state.take([row])
-            out, after = self._run(ids[row : row + 1, real[0] : real[-1] + 1], before, last_only)
+            tokens = ids[row : row + 1, real[0] : real[-1] + 1]
+            with shared_losses(losses, tokens.shape[1] / int(mask.sum())) as terms:
+                out, after = self._run(tokens, before, last_only, terms)
             padding = (0, 0) if last_only else (real[0], T - 1 - real[-1])
             logits.append(F.pad(out, (0, 0, *padding)))
             states.append(after)

@@ -99,7 +99,7 @@ class State:
             "num_layers": json.dumps(len(self.layers)),
         }
         temporary = path.with_name(path.name + ".tmp")
-        save_file({**tensors, "position": self.position}, temporary, metadata)
+        save_file({**tensors, "position": self.position.contiguous()}, temporary, metadata)
         temporary.replace(path)
 
     @staticmethod

@@ -13,11 +13,12 @@ from spikelm.neurons import Neuron, Spikes
 
 
 def code_of(config: NeuronConfig, largest: int) -> tuple[Code, int] | None:
-    """The code a neuron's counts are reported in and its steps S; None if the neuron is off.
+    """The code a neuron's counts are reported in and its steps S; None if the neuron is off or
+    soft (UltraLIF): then it has no counts.
 
     Clipped counts have the S of their clip, unclipped ones that of the largest count seen.
     """
-    if config.kind == "off":
+    if config.kind == "off" or (config.kind == "lif" and config.softness is not None):
         return None
     if config.kind in ("lif", "step"):
         return CODES["binary"], 1

@@ -84,23 +84,22 @@ def calibrate(
         for window in windows.split(1):
             model(window, probe=histograms)
         for name, tensor_class in names.items():
-            zones[name] = histograms.quantile(name, silence.get(tensor_class, 0.0))
+            found = _reached(name, names, histograms.histograms)
+            zones[name] = histograms.quantile(found, silence.get(tensor_class, 0.0))
     errors = Errors(zones)
     for window in windows.split(1):
         model(window, probe=errors)
     return {
         name: (K_GRID[int(errors.errors[found].argmin())], zones[found])
-        for name, tensor_class in names.items()
-        for found in [_reached(name, tensor_class, names, errors.errors)]
+        for name in names
+        for found in [_reached(name, names, errors.errors)]
     }
 
 
-def _reached(
-    name: str, tensor_class: str, names: Mapping[str, str], errors: Mapping[str, Tensor]
-) -> str:
+def _reached(name: str, names: Mapping[str, str], statistics: Mapping[str, Tensor]) -> str:
     """The population whose statistics `name` takes: its own, or, for a routed expert that no
     calibration token was sent to, those of the first of its class that has some.
     """
-    if name in errors:
+    if name in statistics:
         return name
-    return next(other for other in errors if names[other] == tensor_class)
+    return next(other for other in statistics if names.get(other) == names[name])

@@ -16,6 +16,7 @@ import torch
 
 from spikelm.config import ExpertsConfig
 from spikelm.errors import ConfigError
+from spikelm.models.ffn import ExpertsFFN
 from spikelm.models.spikelm import LanguageModel
 
 _DENSE = re.compile(r"layers\.(\d+)\.ffn\.(.+)")
@@ -31,12 +32,24 @@ def expert_scale(experts: ExpertsConfig) -> float:
 def upcycle(model: LanguageModel, experts: ExpertsConfig) -> LanguageModel:
     """A model with `experts` in place of the dense layers, except in `experts.dense_layers`.
 
-    Raises: ConfigError if the model's feed-forward layers are not gated, or experts already.
+    Raises: ConfigError if the model's feed-forward layers are not gated, or experts already, or if
+    their hidden neurons have thresholds that would not follow the smaller matrices.
     """
     if model.config.ffn.experts is not None:
         raise ConfigError("the model has experts already; give a dense one")
+    hidden = model.config.neurons.ffn_hidden
+    if hidden.kind in ("lif", "step") or (hidden.kind, hidden.scale) == ("integer", "fixed"):
+        raise ConfigError(
+            f"neurons.ffn_hidden: kind {hidden.kind} with a threshold of its own given; allowed: "
+            "off, or integer with scale: adaptive, as every expert's hidden vector is smaller"
+        )
     ffn = dataclasses.replace(model.config.ffn, experts=experts)
-    mixture = LanguageModel(dataclasses.replace(model.config, ffn=ffn)).initialise(0)
+    with torch.device("meta"):
+        mixture = LanguageModel(dataclasses.replace(model.config, ffn=ffn))
+    mixture.to_empty(device="cpu")
+    for layer in mixture.modules():
+        if isinstance(layer, ExpertsFFN):
+            layer.router.reset_parameters()
     scale = expert_scale(experts)
     wanted, source = mixture.state_dict(), model.state_dict()
     for name, tensor in source.items():

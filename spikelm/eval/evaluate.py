@@ -27,7 +27,7 @@ from spikelm.corpus import builtin_documents
 from spikelm.errors import CheckpointError, ConfigError, DataError
 from spikelm.eval.traffic import num_parameters, weight_traffic
 from spikelm.generate import Engine
-from spikelm.models.layers import widen
+from spikelm.kernels.precision import widen
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Probe
 from spikelm.state import State

@@ -27,7 +27,8 @@ from spikelm.corpus import builtin_documents
 from spikelm.errors import ConfigError, DataError
 from spikelm.eval.evaluate import Stream, score, token_stream
 from spikelm.eval.traffic import Traffic, weight_traffic
-from spikelm.models.layers import Projection, widen
+from spikelm.kernels.precision import widen
+from spikelm.models.layers import Projection
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Neuron, Spikes
 
@@ -184,8 +185,7 @@ def delta_report(deltas: Deltas, traffic: Traffic) -> dict[str, Any]:
 
     def read(active: Mapping[str, Tensor]) -> float:
         silence = {n: 1 - float(active[n] / s["entries"]) for n, s in deltas.sums.items()}
-        everywhere = dict.fromkeys(traffic.matrices, 0.0) | silence
-        return traffic.num_bytes * (1 - traffic.skippable_fraction(everywhere))
+        return traffic.num_bytes * (1 - traffic.skippable_fraction(silence))
 
     events = {name: sums["events"] for name, sums in deltas.sums.items()}
     matrices = [traffic.matrices[name] for name in deltas.sums]

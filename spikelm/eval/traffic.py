@@ -47,8 +47,8 @@ class Traffic:
 
     matrices: dict[str, Matrix]
     """By the name of the neuron population in front."""
-    other_bytes: int
-    """Everything that is always read."""
+    other_bytes: float
+    """Everything that silence does not change."""
 
     @property
     def num_bytes(self) -> float:
@@ -56,13 +56,15 @@ class Traffic:
         return self.other_bytes + sum(matrix.num_bytes for matrix in self.matrices.values())
 
     def skippable_fraction(self, silence: Mapping[str, float]) -> float:
-        """Share of the bytes that belongs to silent neurons; `silence` is by population."""
-        silent = sum(silence[name] * matrix.num_bytes for name, matrix in self.matrices.items())
+        """Share of the bytes that belongs to silent neurons; `silence` is by population, and 0
+        for one that is not named, such as an expert that no token reached.
+        """
+        silent = sum(silence.get(n, 0.0) * m.num_bytes for n, m in self.matrices.items())
         return silent / self.num_bytes
 
     def skipped_fraction(self, silence: Mapping[str, float]) -> float:
         """Share of the bytes that is not read: of the skippable, what the backend skips."""
-        silent = sum(silence[n] * m.num_bytes for n, m in self.matrices.items() if m.skips)
+        silent = sum(silence.get(n, 0.0) * m.num_bytes for n, m in self.matrices.items() if m.skips)
         return silent / self.num_bytes
 
 
@@ -70,14 +72,20 @@ def weight_traffic(model: LanguageModel) -> Traffic:
     """The traffic of a model as it is laid out now."""
     populations = projections(model)
     apart = {id(p.linear.weight) for p in populations} | {id(model.embedding.weight)}
-    tensors = [*model.parameters(), *model.buffers()]
-    other = sum(tensor.nbytes for tensor in tensors if id(tensor) not in apart)
+    # Sink embeddings are read once, for the initial state.
+    apart.add(id(model.sink_embeddings))
     routed = {
-        id(projection): layer.config.top_k / layer.config.num_experts
+        id(module): layer.config.top_k / layer.config.num_experts
         for layer in model.modules()
         if isinstance(layer, ExpertsFFN)
-        for projection in layer.experts.modules()
+        for module in layer.experts.modules()
     }
+    other = sum(
+        routed.get(id(module), 1.0) * tensor.nbytes
+        for module in model.modules()
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if id(tensor) not in apart
+    )
     return Traffic(
         {p.neuron.name: _matrix(p, routed.get(id(p), 1.0)) for p in populations},
         other + model.embedding.weight[0].nbytes,

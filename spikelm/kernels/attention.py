@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FULL_CHUNK = 512
+CHUNK = 256
 _SCALE_BYTES = 4
 
 
@@ -45,7 +45,9 @@ def pack(x: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """The values [..., K] that packed codes [..., K + 4] stand for."""
-    scale = packed[..., -_SCALE_BYTES:].contiguous().view(torch.float32)
+    # A copy, as a float must not begin at just any byte.
+    scale = packed[..., -_SCALE_BYTES:].clone(memory_format=torch.contiguous_format)
+    scale = scale.view(torch.float32)
     return packed[..., :-_SCALE_BYTES].to(dtype) * scale.to(dtype)
 
 
@@ -72,13 +74,16 @@ def attention(
     pass straight through. Returns out [B, T, H, K] and the new memory.
     """
     T = q.shape[1]
+    resets = segment is not None
     if segment is None:
         segment = torch.zeros_like(position)
     if q_sink is None:
         q_sink = q
     # A chunk no longer than the window needs no sinks of its own: they are still in reach.
-    size = FULL_CHUNK if window is None else window
-    assert causal or size >= T
+    size = CHUNK if window is None else min(CHUNK, window)
+    if not causal:
+        assert window is None or window >= T
+        size = T
     outputs = []
     for start in range(0, T, size):
         part = slice(start, start + size)
@@ -92,6 +97,7 @@ def attention(
             position[:, part],
             segment[:, part] - seen[:, None],
             window,
+            resets,
             causal,
         )
         outputs.append(out)
@@ -107,6 +113,7 @@ def _chunk(
     position: Tensor,
     segment: Tensor,
     window: int | None,
+    resets: bool,
     causal: bool,
 ) -> tuple[Tensor, Memory]:
     T, sinks = q.shape[1], memory.sink_k.shape[1]
@@ -141,16 +148,19 @@ def _chunk(
     weights = torch.cat(scores, -1).masked_fill(~mask, -torch.inf).softmax(-1)
     out = _mix(weights.to(v.dtype), torch.cat(values, 1), exact).permute(0, 3, 1, 2, 4)
 
-    seen = position[:, -1:] + 1
-    written = torch.minimum((segment == segment[:, -1:]).sum(-1, keepdim=True), seen)
-    capacity = memory.k.shape[1] if window is not None else max(int(seen.max()), memory.k.shape[1])
-    slots = _slot_positions(capacity, seen)
-    sink_slots = torch.arange(sinks, device=q.device).expand(q.shape[0], -1)
+    # The open document's tokens go to their slots, the others to one past the end.
+    last = position[:, -1:]
+    mine = segment == segment[:, -1:]
+    ring_slots = int(last.max()) + 1 if window is None else window
+    ring_slots = max(ring_slots, memory.k.shape[1])
+    at_ring = torch.where(mine, position % ring_slots, ring_slots)
+    at_sink = torch.where(mine & (position < sinks), position, sinks)
+    goes_on = continues[:, -1] if resets else None
     return out.flatten(2, 3), Memory(
-        k=_store(kept.k, new_k, slots, seen, written),
-        v=_store(kept.v, new_v, slots, seen, written),
-        sink_k=_store(kept.sink_k, new_k, sink_slots, seen, written),
-        sink_v=_store(kept.sink_v, new_v, sink_slots, seen, written),
+        k=_store(kept.k, new_k, at_ring, ring_slots, goes_on),
+        v=_store(kept.v, new_v, at_ring, ring_slots, goes_on),
+        sink_k=_store(kept.sink_k, new_k, at_sink, sinks, goes_on),
+        sink_v=_store(kept.sink_v, new_v, at_sink, sinks, goes_on),
     )
 
 
@@ -158,14 +168,20 @@ def _scores(q: Tensor, k: Tensor, exact: bool) -> Tensor:
     """q [B, T, H, K], k [B, S, G, K] -> scaled products [B, G, H / G, T, S]."""
     grouped: Tensor = q.unflatten(2, (k.shape[2], -1))
     q = grouped.permute(0, 2, 3, 1, 4) * q.shape[-1] ** -0.5
-    k = k.permute(0, 2, 1, 3)[:, :, None]
-    return (q * k).sum(-1)[..., None, :] if exact else q @ k.transpose(-1, -2)
+    if exact:
+        return (q * k.permute(0, 2, 1, 3)[:, :, None]).sum(-1)[..., None, :]
+    # One product per group: a broadcast one would copy the keys for every head.
+    scores: Tensor = (q.flatten(2, 3) @ k.permute(0, 2, 3, 1)).unflatten(2, q.shape[2:4])
+    return scores
 
 
 def _mix(weights: Tensor, v: Tensor, exact: bool) -> Tensor:
     """weights [B, G, H / G, T, S], v [B, S, G, K] -> [B, G, H / G, T, K]."""
-    v = v.permute(0, 2, 1, 3)[:, :, None]
-    return (weights.mT * v).sum(-2, keepdim=True) if exact else weights @ v
+    v = v.permute(0, 2, 1, 3)
+    if exact:
+        return (weights.mT * v[:, :, None]).sum(-2, keepdim=True)
+    out: Tensor = (weights.flatten(2, 3) @ v).unflatten(2, weights.shape[2:4])
+    return out
 
 
 def _slot_positions(capacity: int, seen: Tensor) -> Tensor:
@@ -174,16 +190,14 @@ def _slot_positions(capacity: int, seen: Tensor) -> Tensor:
     return seen - 1 - (seen - 1 - slot) % capacity if capacity else slot.expand(seen.shape[0], 0)
 
 
-def _store(old: Tensor, new: Tensor, slots: Tensor, seen: Tensor, written: Tensor) -> Tensor:
-    """The slots refilled; `slots` [B, W] is the position each of them holds.
+def _store(old: Tensor, new: Tensor, at: Tensor, size: int, goes_on: Tensor | None) -> Tensor:
+    """`old` with the tokens of `new` at the slots `at` [B, T], those at `size` left out.
 
-    One of the last `written` positions comes from `new`, an older one from `old`; a slot without
-    one is zero, so a state tells nothing of the document before.
+    Where `goes_on` [B] is False the old document is forgotten, so a state tells nothing of it.
     """
-    order = torch.arange(slots.shape[1], device=old.device)
-    recent = slots >= seen - written
-    source = torch.where(recent, old.shape[1] + new.shape[1] - seen + slots, order) + 1
-    source = source * ((slots >= 0) & (slots < seen))
-    new = new.to(old.dtype)
-    joined = torch.cat([torch.zeros_like(new[:, :1]), old, new], 1)
-    return joined.gather(1, source[..., None, None].expand(-1, -1, *old.shape[2:]))
+    room = size + 1 - old.shape[1]
+    kept = torch.cat([old, old.new_zeros(old.shape[0], room, *old.shape[2:])], 1)
+    if goes_on is not None:
+        kept = kept * goes_on[:, None, None, None]
+    index = at[..., None, None].expand(new.shape)
+    return kept.scatter_(1, index, new.to(kept.dtype))[:, :size]

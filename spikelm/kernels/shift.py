@@ -28,4 +28,5 @@ def causal_taps(
             tap * (owner[:, i : i + T] == segment)[..., None] for i, tap in enumerate(taps[:-1])
         ] + taps[-1:]
         history = history * (owner[:, T:] == segment[:, -1:])[..., None]
-    return taps, history
+    # A view would keep the whole call's inputs alive as long as the state.
+    return taps, history.clone()

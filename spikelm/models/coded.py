@@ -92,8 +92,12 @@ def coded_copy(model: LanguageModel, config: ModelConfig, group_size: int) -> La
     """The float `model` with int8 weights, under `config`, which puts a neuron before every
     projection. Neurons `model` lacks keep their initial thresholds.
     """
-    coded = LanguageModel(config).initialise(0)
+    with torch.device("meta"):
+        coded = LanguageModel(config)
     use_coded_linears(coded, group_size)
+    coded.to_empty(device="cpu")
+    for neuron in coded.neurons():
+        neuron.reset_parameters()
     kept = {name: t for name, t in model.state_dict().items() if not name.endswith("linear.weight")}
     coded.load_state_dict(kept, strict=False)
     for source, target in zip(projections(model), projections(coded), strict=True):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from spikelm.config import ModelConfig
-from spikelm.models.layers import Context, Projection, widen
+from spikelm.kernels.precision import widen
+from spikelm.models.layers import Context, Projection
 from spikelm.state import LayerState
 
 CHUNK = 256
@@ -35,39 +36,58 @@ class HeadQK(nn.Module):
         }
 
     def forward(
-        self, x: Tensor, tokens: Tensor, state: LayerState, context: Context
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        state: LayerState,
+        context: Context,
+        last_only: bool = False,
     ) -> tuple[Tensor, LayerState]:
-        """x [B, T, D] and the tokens [B, T] it came from -> logits [B, T, N] and the state."""
+        """x [B, T, D] and the tokens [B, T] it came from -> logits [B, T, N] and the state.
+
+        `last_only` gives the logits of the last token alone [B, 1, N].
+        """
         q, kept = self.queries(x, state, context)
         k, kept_keys = self.keys(x, state, context)
         q, k = widen(q) / self.dim, widen(k)
-        segment = torch.zeros_like(tokens) if context.segment is None else context.segment
         copies, outputs = state["copies"], []
-        seen = torch.zeros_like(segment[:, :1])
-        parts = (t.split(CHUNK, 1) for t in (q, k, tokens, segment))
-        for q_n, k_n, tokens_n, segment_n in zip(*parts, strict=True):
-            out, copies = _chunk(q_n, k_n, tokens_n, segment_n - seen, copies)
-            seen = segment_n[:, -1:]
-            outputs.append(out)
+        starts = range(0, tokens.shape[1], CHUNK)
+        for start in starts:
+            part, segment = slice(start, start + CHUNK), None
+            if context.segment is not None:
+                before = context.segment[:, start - 1 : start] if start else 0
+                segment = context.segment[:, part] - before
+            if not last_only or start == starts[-1]:
+                asked = slice(-1, None) if last_only else slice(None)
+                now = q[:, part], k[:, part], tokens[:, part], segment
+                outputs.append(_logits(*now, copies, asked))
+            copies = _remember(k[:, part], tokens[:, part], segment, copies)
         return torch.cat(outputs, 1), {"copies": copies, **kept, **kept_keys}
 
 
-def _chunk(
-    q: Tensor, k: Tensor, tokens: Tensor, segment: Tensor, copies: Tensor
-) -> tuple[Tensor, Tensor]:
-    """q, k [B, T, C]; tokens, segment [B, T]; copies [B, C, N]."""
+def _logits(
+    q: Tensor, k: Tensor, tokens: Tensor, segment: Tensor | None, copies: Tensor, asked: slice
+) -> Tensor:
+    """q, k [B, T, C]; tokens, segment [B, T]; copies [B, C, N] -> [B, asked of T, N]."""
     T = tokens.shape[1]
-    continues = (segment == 0)[..., None]
+    q = q[:, asked]
+    # Row by row: the bits of a product of one vector do not depend on the batch.
+    out = torch.stack([row @ memory for row, memory in zip(q, copies, strict=True)])
     if T == 1:
-        # One row at a time in one order: the bits do not depend on the batch.
-        out = (q[:, 0, :, None] * copies).sum(1)[:, None] * continues
         weights = (q * k).sum(-1, keepdim=True)
     else:
-        out = (q @ copies) * continues
-        same = segment[:, :, None] == segment[:, None]
-        weights = ((q @ k.mT) * same).tril()
-    out = out.scatter_add(2, tokens[:, None].expand(-1, T, -1), weights)
-    closing = (segment == segment[:, -1:])[..., None]
-    copies = copies * continues[:, -1:]
+        weights = (q @ k.mT) * torch.ones(T, T, device=q.device).tril()[asked]
+    if segment is not None:
+        weights = weights * (segment[:, asked, None] == segment[:, None])
+        out = out * (segment[:, asked, None] == 0)
+    index = tokens[:, None].expand(-1, q.shape[1], -1)
+    return out.scatter_add(2, index, weights)
+
+
+def _remember(k: Tensor, tokens: Tensor, segment: Tensor | None, copies: Tensor) -> Tensor:
+    """The memory [B, C, N] after the keys [B, T, C] of the open document's tokens."""
+    if segment is not None:
+        last = segment[:, -1:]
+        k, copies = k * (segment == last)[..., None], copies * (last == 0)[..., None]
     index = tokens[:, None].expand(-1, k.shape[-1], -1)
-    return out, copies.scatter_add(2, index, (k * closing).mT)
+    return copies.scatter_add(2, index, k.mT)

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from spikelm.config import ExpertsConfig, ModelConfig
 from spikelm.kernels.activation import sigmoid, silu
+from spikelm.kernels.precision import widen
 from spikelm.kernels.shift import causal_taps
-from spikelm.models.layers import Context, Linear, Part, Projection, widen
+from spikelm.models.layers import Context, Linear, Part, Projection
 from spikelm.neurons import Spikes
 from spikelm.state import LayerState
 
@@ -31,14 +32,14 @@ class ChannelMix(Part):
         # The share of the previous token.
         self.shift = nn.Parameter(torch.empty(width))
         self.input = Projection("ffn_input", width, hidden, config)
-        zero = 0.0 if config.init == "orthogonal" else None
-        self.output = Projection(
-            "ffn_hidden", hidden, width, config, init_scale=0.5 if zero is None else zero
-        )
+        # RWKV-4 begins with layers that add nothing.
+        zero = config.init == "orthogonal"
+        down_scale, gate_scale = (0.0, 0.0) if zero else (0.5, None)
+        self.output = Projection("ffn_hidden", hidden, width, config, init_scale=down_scale)
         self.receptance = None
         if config.ffn.receptance:
             self.receptance_shift = nn.Parameter(torch.empty(width))
-            self.receptance = Projection("ffn_input", width, width, config, init_scale=zero)
+            self.receptance = Projection("ffn_input", width, width, config, init_scale=gate_scale)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -118,22 +119,27 @@ class ExpertsFFN(Part):
         tokens = x.flatten(0, 1)
         # A context without documents: experts see no neighbours.
         alone = Context(context.position, None, context.probe)
-        weights, chosen = self._route(tokens, context)
+        weights, chosen = self._route(tokens, context, decode=x.shape[1] == 1)
         y = torch.zeros_like(tokens)
         for shared in self.shared:
             y = y + shared(tokens[None], {}, alone)[0][0]
         for e, expert in enumerate(self.experts):
             rows, slot = (chosen == e).nonzero(as_tuple=True)
-            if rows.numel():
+            # In training all take part, as processes must agree on what has a gradient.
+            if rows.numel() or self.training:
                 out = expert(tokens[None, rows], {}, alone)[0][0]
                 y = y.index_add(0, rows, (out * weights[rows, slot, None]).to(y.dtype))
         return y.view_as(x), {}
 
-    def _route(self, tokens: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    def _route(self, tokens: Tensor, context: Context, *, decode: bool) -> tuple[Tensor, Tensor]:
         """Weights and indices of the chosen experts, both [tokens, top_k]."""
-        c = self.config
-        with torch.autocast(tokens.device.type, enabled=False):
-            logits = self.router(Spikes(widen(tokens), None, None))
+        c, wide = self.config, widen(tokens)
+        if decode:
+            # One order of summation: a matrix product may round a row differently in a batch.
+            logits = (wide[:, None] * self.router.weight.to(wide.dtype)).sum(-1)
+        else:
+            with torch.autocast(tokens.device.type, enabled=False):
+                logits = self.router(Spikes(wide, None, None))
         p = logits.softmax(-1) if c.router == "softmax" else sigmoid(logits)
         weights, chosen = p.topk(c.top_k, -1)
         if context.losses is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spikelm.config import ModelConfig, NeuronConfig
+from spikelm.kernels.precision import widen
 from spikelm.neurons import Neuron, Probe, Spikes
 from spikelm.state import LayerState
 
@@ -62,11 +63,6 @@ def reset_parameters(module: object) -> None:
     """Draws a module's own parameters anew, if it has any."""
     if isinstance(module, _Resettable):
         module.reset_parameters()
-
-
-def widen(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def prefixed(prefix: str, state: LayerState) -> LayerState:

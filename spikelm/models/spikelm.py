@@ -8,6 +8,7 @@ B sequences, T tokens, D width, N vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spikelm.config import ModelConfig
+from spikelm.kernels.precision import widen
 from spikelm.models.copying import HeadQK
 from spikelm.models.ffn import make_ffn
 from spikelm.models.layers import (
@@ -27,7 +29,6 @@ from spikelm.models.layers import (
     prefixed,
     reset_parameters,
     unprefixed,
-    widen,
 )
 from spikelm.models.mixers import make_mixer
 from spikelm.neurons import Neuron, Probe, Spikes
@@ -214,10 +215,10 @@ class LanguageModel(nn.Module):
         computes the logits of the last token alone. Returns logits [B, T or 1, N] in the
         parameters' precision.
         """
-        if state is None:
-            state = self.initial_state(tokens.shape[0])
         if reset is not None and self.sink_embeddings is not None:
             return self._forward_documents(tokens, state, reset, probe, losses, last_only)
+        if state is None:
+            state = self.initial_state(tokens.shape[0])
         context = Context(*_positions(tokens, state.position, reset), probe, losses)
         outer, after = state.layers[-1], dict[str, Tensor]()
         x = widen(self.embedding(tokens))
@@ -228,7 +229,7 @@ class LanguageModel(nn.Module):
         x = self.norm(x)
         copied = None
         if self.head_qk is not None:
-            copied, kept = self.head_qk(x, tokens, outer, context)
+            copied, kept = self.head_qk(x, tokens, outer, context, last_only)
             after |= kept
         # A membrane in front of the head must see every token.
         if last_only and self.head.neuron.config.kind != "lif":
@@ -236,7 +237,7 @@ class LanguageModel(nn.Module):
         logits, kept = self.head(x, outer, context)
         after |= kept
         if copied is not None:
-            logits = logits + copied[:, -logits.shape[1] :].to(logits.dtype)
+            logits = logits[:, -copied.shape[1] :] + copied.to(logits.dtype)
         if last_only:
             logits = logits[:, -1:]
         return logits, State((*state.layers[:-1], after), state.position)
@@ -244,25 +245,37 @@ class LanguageModel(nn.Module):
     def _forward_documents(
         self,
         tokens: Tensor,
-        state: State,
+        state: State | None,
         reset: Tensor,
         probe: Probe | None,
         losses: list[Tensor] | None,
         last_only: bool,
     ) -> tuple[Tensor, State]:
         """Pieces between resets one after the other, as a document's initial state is not zero."""
-        cuts = [0, *(t for t in range(1, tokens.shape[1]) if bool(reset[:, t].any()))]
+        T = tokens.shape[1]
+        cuts = [0, *(t for t in range(1, T) if bool(reset[:, t].any()))]
         start = self.initial_state(tokens.shape[0])
+        state = start if state is None else state
         outputs = []
-        for begin, end in zip(cuts, [*cuts[1:], tokens.shape[1]], strict=True):
+        for begin, end in zip(cuts, [*cuts[1:], T], strict=True):
             begins = [row for row in range(tokens.shape[0]) if bool(reset[row, begin])]
             if begins:
                 state = state.put(begins, start.take(begins))
-            logits, state = self(
-                tokens[:, begin:end], state, probe=probe, losses=losses, last_only=last_only
-            )
+            with shared_losses(losses, (end - begin) / T) as terms:
+                logits, state = self(
+                    tokens[:, begin:end], state, probe=probe, losses=terms, last_only=last_only
+                )
             outputs.append(logits)
         return (outputs[-1] if last_only else torch.cat(outputs, 1)), state
+
+
+@contextlib.contextmanager
+def shared_losses(losses: list[Tensor] | None, share: float) -> Iterator[list[Tensor] | None]:
+    """A list for the losses of `share` of the tokens, which are then added weighted to `losses`."""
+    part: list[Tensor] | None = None if losses is None else []
+    yield part
+    if losses is not None and part is not None:
+        losses += [share * loss for loss in part]
 
 
 def _positions(tokens: Tensor, seen: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:

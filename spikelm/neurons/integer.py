@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 MIN_THRESHOLD, MAX_THRESHOLD = 1e-5, 1e4
+# A learned k must not reach 0; below this the gradient is that of this k, so it can come back.
 MIN_K = 1e-3
 # Width of the band around the dead zone's edge that its gradient sees, in units of mean|x|.
 DEAD_ZONE_BAND = 0.2
@@ -35,7 +36,6 @@ def integer_counts(
     k is a scalar, dead_zone [C] is in units of the token's mean |x|. Ties round to even.
     """
     mean = x.abs().mean(-1, keepdim=True)
-    # A learned k must not reach 0.
     v_threshold = (mean / k.clamp(min=MIN_K)).clamp(MIN_THRESHOLD, MAX_THRESHOLD)
     counts = torch.round(x / v_threshold)
     counts = counts * (x.abs() > dead_zone * mean)
@@ -90,7 +90,7 @@ class _IntegerSpike(torch.autograd.Function):
             beyond = magnitude - dead_zone * mean
             fixed = beyond <= 0 if inside is None else (beyond <= 0) | ~inside
             error = torch.where(fixed, counts, counts - x / v_threshold)
-            grad_k = (grad * error * -v_threshold / k).sum().reshape(k.shape)
+            grad_k = (grad * error * -v_threshold / k.clamp(min=MIN_K)).sum().reshape(k.shape)
             # The value an entry jumps to at the edge: its own, or that of the clip.
             low, high = _limits(ctx.max_count, ctx.unsigned)
             jump = torch.clamp(x / v_threshold, low, high) * v_threshold

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spikelm.config import NeuronConfig
-from spikelm.errors import ConfigError
+from spikelm.kernels.precision import widen
 from spikelm.neurons.integer import fixed_spike, integer_spike
 from spikelm.neurons.lif import LIFConstants, lif
 from spikelm.neurons.surrogate import fire
@@ -68,16 +68,10 @@ class Neuron(nn.Module):
         if c.kind == "integer" and c.scale == "adaptive":
             return {"k": (c.k, ()), "dead_zone": (c.dead_zone, per_channel)}
         if c.kind == "integer":
-            if c.dead_zone or c.target_silence is not None:
-                raise ConfigError(
-                    "dead_zone and target_silence need scale: adaptive; a fixed scale has no zone"
-                )
             return {"step": (c.v_threshold, ())}
         if c.kind == "step" and c.learn:
             return {"v_threshold": (c.v_threshold, per_channel)}
         if c.kind == "lif" and c.learn:
-            if c.tau == 1:
-                raise ConfigError("tau: 1 given with learn: true; allowed: a number > 1")
             initial: dict[str, tuple[float, tuple[int, ...]]] = {
                 "tau_logit": (-math.log(c.tau - 1), per_channel),
                 "v_threshold_log": (math.log(c.v_threshold), per_channel),
@@ -95,7 +89,7 @@ class Neuron(nn.Module):
     def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
         if self.config.kind != "lif":
             return {}
-        return {f"{self.key}.v": _wide(like).new_zeros(batch_size, self.channels)}
+        return {f"{self.key}.v": widen(like).new_zeros(batch_size, self.channels)}
 
     def forward(
         self,
@@ -109,12 +103,12 @@ class Neuron(nn.Module):
         kept: LayerState = {}
         if c.kind == "integer" and c.scale == "adaptive":
             spikes = Spikes(
-                *integer_spike(_wide(x), self.k, self.dead_zone, c.max_count, c.unsigned)
+                *integer_spike(widen(x), self.k, self.dead_zone, c.max_count, c.unsigned)
             )
         elif c.kind == "integer":
-            spikes = Spikes(*fixed_spike(_wide(x), self.step, c.max_count, c.unsigned))
+            spikes = Spikes(*fixed_spike(widen(x), self.step, c.max_count, c.unsigned))
         elif c.kind == "step":
-            wide = _wide(x)
+            wide = widen(x)
             fired = fire(
                 wide - (self.v_threshold if c.learn else c.v_threshold), c.surrogate, c.alpha
             )
@@ -136,11 +130,6 @@ class Neuron(nn.Module):
         tau = 1 + torch.exp(-self.tau_logit.to(dtype))
         softness = None if self.config.softness is None else self.softness_log.to(dtype).exp()
         return LIFConstants(tau, self.v_threshold_log.to(dtype).exp(), softness)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32 at least: bfloat16 holds integers only up to 256."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _binary(fired: Tensor) -> Spikes:

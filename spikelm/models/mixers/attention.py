@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spikelm.config import ModelConfig
 from spikelm.kernels.attention import Memory, attention, pack
+from spikelm.kernels.precision import widen
 from spikelm.kernels.rope import rotate
 from spikelm.models.heads import gate_size, gated, split_qkv
 from spikelm.models.layers import (
@@ -19,7 +20,6 @@ from spikelm.models.layers import (
     Projection,
     RMSNorm,
     make_optional_neuron,
-    widen,
 )
 from spikelm.state import LayerState
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spikelm.config import ModelConfig
 from spikelm.kernels.activation import sigmoid, silu
 from spikelm.kernels.delta import delta_rule
+from spikelm.kernels.precision import widen
 from spikelm.kernels.shift import causal_taps
 from spikelm.models.layers import (
     Context,
@@ -19,7 +20,6 @@ from spikelm.models.layers import (
     Projection,
     RMSNorm,
     make_neuron,
-    widen,
 )
 from spikelm.neurons import Neuron
 from spikelm.state import LayerState

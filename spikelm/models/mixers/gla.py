@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from spikelm.config import ModelConfig
 from spikelm.kernels.activation import log_sigmoid, sigmoid, silu
 from spikelm.kernels.gla import fixed_log_decay, gla
+from spikelm.kernels.precision import widen
 from spikelm.models.heads import gate_size, gated, split_qkv
-from spikelm.models.layers import Context, MixerTable, Part, Projection, RMSNorm, widen
+from spikelm.models.layers import Context, MixerTable, Part, Projection, RMSNorm
 from spikelm.state import LayerState
 
 FEATURE_MAPS: Mapping[str, Callable[[Tensor], Tensor]] = {

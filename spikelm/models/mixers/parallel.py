@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spikelm.config import ModelConfig
+from spikelm.kernels.precision import widen
 from spikelm.models.heads import split_qkv
 from spikelm.models.layers import (
     Context,
@@ -21,7 +22,6 @@ from spikelm.models.layers import (
     RMSNorm,
     prefixed,
     unprefixed,
-    widen,
 )
 from spikelm.models.mixers.attention import SoftmaxHeads
 from spikelm.models.mixers.gla import LinearHeads

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from spikelm.config import ModelConfig
 from spikelm.kernels.activation import sigmoid, tanh
+from spikelm.kernels.precision import widen
 from spikelm.kernels.rwkv7 import rwkv7
 from spikelm.kernels.shift import causal_taps
-from spikelm.models.layers import Context, LayerNorm, MixerTable, Part, Projection, widen
+from spikelm.models.layers import Context, LayerNorm, MixerTable, Part, Projection
 from spikelm.state import LayerState
 
 # log w = -exp(-1/2) sigmoid(.), so w stays above 0.545.
@@ -50,7 +51,8 @@ class RWKV7Mixer(Part):
         self.rate_down, self.rate_up = self._gate(c.rate_rank, config)
         self.rate_bias = nn.Parameter(torch.empty(width))
         self.gate_down, self.gate_up = self._gate(c.gate_rank, config)
-        if layer > 0:
+        self.has_first_values = "rwkv7" in config.mixers[:layer]
+        if self.has_first_values:
             self.value_down, self.value_up = self._gate(c.value_rank, config)
             self.value_bias = nn.Parameter(torch.empty(width))
         self.key_scale = nn.Parameter(torch.empty(width))
@@ -85,7 +87,7 @@ class RWKV7Mixer(Part):
         # Slow channels first: decays from about 0.9994 to 0.6 per token.
         self.decay_bias.copy_(-6.5 + 5 * channel ** (0.85 + depth**0.5))
         self.rate_bias.zero_()
-        if self.layer > 0:
+        if self.has_first_values:
             self.value_bias.fill_(1.0)
         self.key_scale.fill_(0.85)
         self.key_rate.fill_(1.0)
@@ -127,7 +129,7 @@ class RWKV7Mixer(Part):
         rate = sigmoid(rate + self.rate_bias)
         gate = project(self.gate_up, sigmoid(project(self.gate_down, shifted("gate"))))
         first = context.shared.setdefault("rwkv7.values", v)
-        if self.layer > 0:
+        if self.has_first_values:
             mix = project(self.value_up, project(self.value_down, shifted("value")))
             v = v + (first - v) * sigmoid(mix + self.value_bias)
 

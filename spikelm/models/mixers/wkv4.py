@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from spikelm.config import ModelConfig
 from spikelm.kernels.activation import sigmoid
+from spikelm.kernels.precision import widen
 from spikelm.kernels.shift import causal_taps
 from spikelm.kernels.wkv4 import wkv4
-from spikelm.models.layers import Context, MixerTable, Part, Projection, widen
+from spikelm.models.layers import Context, MixerTable, Part, Projection
 from spikelm.state import LayerState
 
 
@@ -34,13 +35,13 @@ class WKV4Mixer(Part):
         # The log-decay is -exp(decay).
         self.decay = nn.Parameter(torch.empty(width))
         self.bonus = nn.Parameter(torch.empty(width))
-        zero = 0.0 if config.init == "orthogonal" else None
-        self.key = Projection("mixer_input", width, width, config, init_scale=zero)
+        # RWKV-4 begins with layers that add nothing.
+        zero = config.init == "orthogonal"
+        scale, output_scale = (0.0, 0.0) if zero else (None, 0.5)
+        self.key = Projection("mixer_input", width, width, config, init_scale=scale)
         self.value = Projection("mixer_input", width, width, config)
-        self.receptance = Projection("mixer_input", width, width, config, init_scale=zero)
-        self.output = Projection(
-            "mixer_output", width, width, config, init_scale=0.5 if zero is None else zero
-        )
+        self.receptance = Projection("mixer_input", width, width, config, init_scale=scale)
+        self.output = Projection("mixer_output", width, width, config, init_scale=output_scale)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
