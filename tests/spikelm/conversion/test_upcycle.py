@@ -9,8 +9,9 @@ import torch
 
 from spikelm import checkpoint
 from spikelm.cli import main
-from spikelm.config import ExpertsConfig, FFNConfig, ModelConfig, NeuronsConfig
+from spikelm.config import ExpertsConfig, FFNConfig, ModelConfig, NeuronConfig, NeuronsConfig
 from spikelm.conversion.upcycle import expert_scale, upcycle
+from spikelm.errors import ConfigError
 from spikelm.models.spikelm import LanguageModel
 from spikelm.tokenizer import Tokenizer
 
@@ -76,4 +77,21 @@ def test_command(tiny_config: Make, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_channel_mix_cannot_be_upcycled(tiny_config: Make) -> None:
     model = LanguageModel(dataclasses.replace(tiny_config()))
     with pytest.raises(Exception, match="experts need kind: swiglu or reglu"):
+        upcycle(model, ExpertsConfig())
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        NeuronConfig(kind="step", v_threshold=0.5),
+        NeuronConfig(kind="integer", scale="fixed"),
+        NeuronConfig(kind="lif"),
+    ],
+)
+def test_hidden_thresholds_that_do_not_follow_are_refused(
+    hidden: NeuronConfig, tiny_config: Make
+) -> None:
+    ffn = FFNConfig(kind="reglu", hidden_dim=24)
+    model = LanguageModel(tiny_config(neurons=NeuronsConfig(ffn_hidden=hidden), ffn=ffn))
+    with pytest.raises(ConfigError, match="ffn_hidden: kind .* given; allowed: off, or integer"):
         upcycle(model, ExpertsConfig())

@@ -18,7 +18,7 @@ from torch import Tensor
 from spikelm import checkpoint
 from spikelm.coding import CODES
 from spikelm.coding.meter import Meter
-from spikelm.config import ModelConfig, NeuronConfig
+from spikelm.config import ModelConfig, NeuronConfig, NeuronsConfig
 from spikelm.errors import CheckpointError, ConfigError, DataError
 from spikelm.eval import evaluate as module
 from spikelm.eval.evaluate import (
@@ -323,3 +323,11 @@ def test_a_tied_matrix_is_stored_once_and_read_by_the_head(
     assert num_parameters(tied) == num_parameters(apart) - matrix // 4
     assert weight_traffic(tied) == weight_traffic(apart)
     assert weight_traffic(tied).matrices["head"].num_bytes == matrix
+
+
+def test_soft_spikes_have_no_slots(tiny_config: Callable[..., ModelConfig]) -> None:
+    soft = NeuronsConfig(mixer_input=NeuronConfig(kind="lif", softness=0.2))
+    meter = Meter()
+    LanguageModel(tiny_config(neurons=soft)).initialise(0)(torch.arange(32)[None], probe=meter)
+    assert slot_sparsity(meter) == {}
+    assert meter.silent_fractions()["mixer_input"] == 0

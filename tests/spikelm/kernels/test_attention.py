@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spikelm.kernels import attention as module
 from spikelm.kernels import reference
-from spikelm.kernels.attention import Memory, attention
+from spikelm.kernels.attention import Memory, attention, pack, unpack
 from spikelm.kernels.rope import rotate
 
 B, H, G, K = 2, 4, 2, 6
@@ -184,3 +185,40 @@ def test_the_window_counts_the_query_itself() -> None:
     q, k, v = inputs(6)
     out, _ = run(q, k, v, window=1, sinks=0, rope=None)
     torch.testing.assert_close(out, v.repeat_interleave(H // G, 2))
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_a_call_longer_than_a_chunk(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs(290)
+    reset = torch.zeros(B, 290, dtype=torch.bool)
+    reset[0, [5, 40]] = reset[1, 70] = True
+    found = []
+    for size in (1024, 32):
+        monkeypatch.setattr(module, "CHUNK", size)
+        found.append(run(q, k, v, window=window, sinks=2, rope=100.0, reset=reset))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    ring = found[0][1].k.shape[1]
+    torch.testing.assert_close(found[0][1].k, found[1][1].k[:, :ring])
+    torch.testing.assert_close(found[0][1].sink_v, found[1][1].sink_v)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 10])
+def test_packed_heads_of_any_width_decode(channels: int) -> None:
+    x = torch.randn(1, 1, 1, channels)
+    ring = pack(torch.zeros(1, 4, 1, channels))
+    sinks = ring[:, :0]
+    position = torch.zeros(1, 1, dtype=torch.int64)
+    out, memory = attention(x, x, x, Memory(ring, ring, sinks, sinks), position, window=4)
+    torch.testing.assert_close(out, x, rtol=0, atol=0.02)
+    torch.testing.assert_close(unpack(memory.v, torch.float32)[:, :1], out)
+
+
+def test_more_tokens_than_a_chunk_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 4)
+    q, k, v = inputs(9)
+    position = torch.arange(9).expand(B, -1)
+    out, _ = attention(q, k, v, empty(0, 0), position, window=None, causal=False)
+    keys, values = (x.repeat_interleave(H // G, 2) for x in (k, v))
+    weights = torch.einsum("bthk,bshk->bhts", q, keys) * K**-0.5
+    expected = torch.einsum("bhts,bshk->bthk", weights.softmax(-1), values)
+    torch.testing.assert_close(out, expected)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spikelm.config import ModelConfig, NeuronConfig, NeuronsConfig
+from spikelm.config import GLAConfig, ModelConfig, NeuronConfig, NeuronsConfig, RWKV7Config
+from spikelm.models import copying
+from spikelm.models.layers import Context
 from spikelm.models.spikelm import LanguageModel
 from spikelm.state import State
 
@@ -121,3 +124,70 @@ def test_seeds_decide_the_weights(tiny_config: Make) -> None:
     first, again, other = (LanguageModel(config).initialise(s) for s in (1, 1, 2))
     assert torch.equal(first.embedding.weight, again.embedding.weight)
     assert not torch.equal(first.embedding.weight, other.embedding.weight)
+
+
+def test_states_keep_no_activations_alive(tiny_config: Make) -> None:
+    """A view into what a long prefill computed would hold all of it."""
+    small = {"num_heads": 2, "num_kv_heads": 2, "key_dim": 8, "value_dim": 8}
+    rwkv7 = RWKV7Config(head_dim=8, decay_rank=4, rate_rank=4, value_rank=4, gate_rank=4)
+    model = LanguageModel(
+        tiny_config(
+            mixers=("delta", "gla", "wkv4", "rwkv7", "window", "full"),
+            gla=GLAConfig(**small, gate_rank=4),  # type: ignore[arg-type]
+            rwkv7=rwkv7,
+            neurons=NeuronsConfig(mixer_input=LIF, ffn_hidden=LIF, head_input=LIF),
+            head_qk_dim=4,
+        )
+    ).initialise(0)
+    with torch.inference_mode():
+        _, state = model(tokens(1, 600))
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for layer in state.layers
+        for t in layer.values()
+    }
+    assert sum(held.values()) < 1.1 * state.nbytes
+
+
+def test_copies_of_a_long_text(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head-QK beside its definition, over several chunks and documents."""
+    monkeypatch.setattr(copying, "CHUNK", 7)
+    model = build(tiny_config(head_qk_dim=6))
+    assert model.head_qk is not None
+    for projection in (model.head_qk.queries, model.head_qk.keys):
+        torch.nn.init.normal_(projection.linear.get_parameter("weight"))
+    x = torch.randn(2, 24, 32, dtype=torch.float64)
+    ids, segment = tokens(2, 24) % 5, torch.zeros(2, 24, dtype=torch.int64)
+    segment[0, 9:], segment[1, 21:] = 1, 1
+    state = model.head_qk.zero_state(2, x)
+    state["copies"] = torch.randn_like(state["copies"])
+    context = Context(torch.zeros_like(ids), segment)
+    found, after = model.head_qk(x, ids, state, context)
+    last, after_last = model.head_qk(x, ids, state, context, last_only=True)
+    q = x @ model.head_qk.queries.linear.get_parameter("weight").T / 6
+    k = x @ model.head_qk.keys.linear.get_parameter("weight").T
+    for row in range(2):
+        copies = state["copies"][row].clone()
+        for t in range(24):
+            if t and segment[row, t] != segment[row, t - 1]:
+                copies.zero_()
+            copies[:, ids[row, t]] += k[row, t]
+            torch.testing.assert_close(found[row, t], q[row, t] @ copies)
+        torch.testing.assert_close(after["copies"][row], copies)
+    torch.testing.assert_close(last, found[:, -1:])
+    torch.testing.assert_close(after_last["copies"], after["copies"])
+
+
+def test_only_rwkv7_layers_behind_another_mix_values(tiny_config: Make) -> None:
+    rwkv7 = RWKV7Config(head_dim=8, decay_rank=4, rate_rank=4, value_rank=4, gate_rank=4)
+    model = LanguageModel(tiny_config(mixers=("delta", "rwkv7", "delta", "rwkv7"), rwkv7=rwkv7))
+    mixing = {name.split(".")[1] for name, _ in model.named_parameters() if "value_up" in name}
+    assert mixing == {"3"}
+
+
+def test_the_state_of_sink_embeddings_is_saved_for_several_rows(
+    tiny_config: Make, tmp_path: Path
+) -> None:
+    state = build(tiny_config(sink_embeddings=2)).initial_state(2)
+    state.save(tmp_path / "state", "model")
+    assert State.load(tmp_path / "state", "model").position.tolist() == [2, 2]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -139,3 +140,16 @@ def test_a_fixed_step_never_reaches_zero() -> None:
     assert counts.tolist() == [[7, 7]]
     assert torch.isfinite(values).all()
     assert (v == 1e-5).all()
+
+
+@pytest.mark.parametrize("start", [0.0, -0.5, 5e-4])
+def test_a_k_that_fell_too_low_comes_back(start: float) -> None:
+    k = torch.tensor(start, requires_grad=True)
+    x = torch.randn(4, 16)
+    for _ in range(3):
+        values, _, _ = integer_spike(x, k, torch.zeros(16), 7, False)
+        (grad,) = torch.autograd.grad((values - x).square().mean(), k)
+        assert grad.isfinite()
+        assert grad < 0, "finer counts are nearer"
+        k = (k - 0.1 * grad.sign()).detach().requires_grad_()
+    assert k > start
