@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,8 @@ from safetensors.torch import save_file
 
 from spikelm.config import ModelConfig, from_dict, to_dict
 from spikelm.errors import CheckpointError, ConfigError
+from spikelm.folders import staged
+from spikelm.kernels import event
 from spikelm.models import coded
 from spikelm.models.layers import Linear
 from spikelm.models.spikelm import LanguageModel
@@ -70,11 +71,20 @@ def save(
     *,
     manifest: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the model folder; its files appear complete or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / ".saving"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    """Writes the model folder; its files appear complete or not at all.
+
+    Raises: CheckpointError if it cannot be written.
+    """
+    try:
+        with staged(folder) as staging:
+            _write(staging, model, tokenizer, manifest)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write the model to {folder}: {error}") from None
+
+
+def _write(
+    folder: Path, model: LanguageModel, tokenizer: Tokenizer, manifest: dict[str, Any] | None
+) -> None:
     config = {
         "model_type": MODEL_TYPE,
         "architectures": ["SpikelmForCausalLM"],
@@ -87,37 +97,37 @@ def save(
     }
     if manifest is not None:
         config["spike_coding"] = {"bits": 8, "group_size": manifest["group_size"]}
-        _write_json(staging / MANIFEST, manifest)
+        _write_json(folder / MANIFEST, manifest)
     tensors = {
         PREFIX + name: tensor.detach().contiguous()
         for name, tensor in model.state_dict().items()
         if not (model.config.tie_embeddings and manifest is None and name == "head.linear.weight")
     }
-    _write_json(staging / "config.json", config)
+    _write_json(folder / "config.json", config)
     more = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
     generation = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": [tokenizer.eos_id, *more] if more else tokenizer.eos_id,
     }
-    _write_json(staging / "generation_config.json", generation)
-    (staging / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    tokenizer.save(staging)
-    save_file(tensors, staging / WEIGHTS, {"format": "pt"})
+    _write_json(folder / "generation_config.json", generation)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    tokenizer.save(folder)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     # safetensors makes the file readable by its owner alone; a model is for all who see the folder.
-    (staging / WEIGHTS).chmod((staging / "config.json").stat().st_mode)
-    for file in staging.iterdir():
-        file.replace(folder / file.name)
-    staging.rmdir()
+    (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)
 
 
 def load(path: str | Path, *, backend: str = "auto", device: str = "cpu") -> Checkpoint:
     """Reads a float or spike-coded model folder, ready to run on `device`.
 
     `backend` names the event-driven implementation of a spike-coded model (`kernels.event`).
-    Raises: CheckpointError naming what is missing, damaged or does not fit.
+    Raises: CheckpointError naming what is missing, damaged or does not fit; BackendError for a
+    backend that is unknown or cannot run here.
     """
     folder = Path(path)
     config = read_config(folder)
+    if backend != "auto":
+        event.resolve(backend, device)
     group_size = group_size_of(config, folder)
     model_config = model_config_of(config, folder)
     tokenizer = Tokenizer.load(folder)

@@ -332,7 +332,9 @@ class FFNConfig:
         if self.kind != "channel_mix" and self.receptance:
             raise ConfigError(f"receptance: true needs kind: channel_mix, not {self.kind}")
         if self.kind == "channel_mix" and self.experts is not None:
-            raise ConfigError("experts need kind: swiglu or reglu: a routed token has no past")
+            raise ConfigError(
+                "experts need kind: swiglu or reglu, not channel_mix: a routed token has no past"
+            )
 
 
 Mixer = Literal[

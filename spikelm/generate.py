@@ -37,7 +37,10 @@ class Chunk:
 
 
 class Engine:
-    """Token ids in, logits out; knows no text. Conversations live in the caller's `State`."""
+    """Token ids in, logits out; knows no text. Conversations live in the caller's `State`.
+
+    N are the tokenizer's ids; a head that was padded to more rows has no logits for the others.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -61,14 +64,14 @@ class Engine:
             raise DataError(f"token ids {min(ids)}..{max(ids)} given; allowed: 0..{vocabulary - 1}")
         tokens = torch.tensor([list(ids)], device=self.model.device)
         logits, state = run(self.model, tokens, state, reset_id=self.tokenizer.reset_id)
-        return logits[:, -1], state
+        return logits[:, -1, :vocabulary], state
 
     @torch.inference_mode()
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
         """One token for each of B sequences: ids [B] -> logits [B, N], and the state."""
         ids = ids.to(self.model.device)
         logits, state = self.model(ids[:, None], state, probe=self._count)
-        return logits[:, -1], state
+        return logits[:, -1, : self.tokenizer.vocab_size], state
 
     def _count(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
         if neuron.tensor_class not in WEIGHTLESS_CLASSES:

@@ -102,6 +102,10 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
             group_size = group_size_of(vars(config), "this model")
             assert group_size is not None
             use_coded_linears(self.model, group_size)
+            # In half precision thresholds and scales would be others; the weights are int8 anyway.
+            self._keep_in_fp32_modules_strict = [
+                name for name, tensor in self.state_dict().items() if tensor.is_floating_point()
+            ]
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod

@@ -66,7 +66,7 @@ class SamplingParams:
             return
         integer = isinstance(value, int) and not isinstance(value, bool)
         if not integer or not low <= value < 2**63:
-            span = f"an integer from {low} to {2**63 - 1}"
+            span = f"a 64-bit integer >= {low}"
             self._refuse(name, span + (", or null" if optional else ""))
 
     def _refuse(self, name: str, allowed: str) -> None:

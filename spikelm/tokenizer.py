@@ -248,6 +248,7 @@ class Tokenizer:
                 "bos_token": EOS,
                 "eos_token": EOS,
                 "pad_token": EOS,
+                "padding_side": "left",
                 "split_special_tokens": True,
                 "clean_up_tokenization_spaces": False,
             }
@@ -257,6 +258,7 @@ class Tokenizer:
         if isinstance(self._vocabulary, BPE):
             # The class that takes tokenizer.json as it is; others build their own from its tokens.
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.setdefault("padding_side", "left")
         config["spikelm"] = {
             "vocabulary": self._vocabulary.kind,
             "bos_id": self.bos_id,

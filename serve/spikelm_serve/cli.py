@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     import uvicorn
 
     from spikelm.checkpoint import load
+    from spikelm.eval.inspect import describe_state
     from spikelm.generate import Engine
     from spikelm_serve.app import create_app
     from spikelm_serve.template import ChatTemplate
@@ -57,8 +58,11 @@ def main(argv: list[str]) -> int:
     )
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    state_bytes = checkpoint.model.initial_state(1).nbytes
-    print(f"serving {name} at {url}, {state_bytes:,} bytes of state per conversation", flush=True)
+    state = describe_state(checkpoint.model)
+    memory = f"{state['bytes']:,} bytes of state per conversation"
+    if state["bytes_per_token"]:
+        memory += f" and {state['bytes_per_token']:,} more per token"
+    print(f"serving {name} at {url}, {memory}", flush=True)
     print(f"try: {example(url, name)}", flush=True)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from spikelm.config import ExpertsConfig
 from spikelm.corpus import builtin_documents, read_documents
 from spikelm.errors import CheckpointError, ConfigError, DataError
+from spikelm.folders import check_out
 
 WINDOW_TOKENS = 512
 
@@ -53,8 +55,7 @@ def main(argv: list[str]) -> int:
     silence = dict(_silence(text) for text in arguments.silence)
     if out.resolve() == source.resolve():
         raise ConfigError(f"OUT is RUN itself ({out}); give another folder")
-    if out.exists() and not (out.is_dir() and _is_ours(out)):
-        raise ConfigError(f"{out} exists and is no spike-coded model; give another folder")
+    check_out(out, replace="spikes.json")
     if arguments.calibration_tokens < WINDOW_TOKENS:
         raise ConfigError(
             f"--calibration-tokens {arguments.calibration_tokens} given; "
@@ -118,8 +119,7 @@ def main_upcycle(argv: list[str]) -> int:
         dense_layers=tuple(args.dense_layers),
     )
     out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not an empty folder; give another OUT")
+    check_out(out)
 
     from spikelm import checkpoint
     from spikelm.conversion.upcycle import expert_scale, upcycle
@@ -141,7 +141,7 @@ def _report(manifest: dict[str, object], out: Path) -> None:
     assert isinstance(fractions, dict)
     classes = "  ".join(f"{n} {x:.0%}" for n, x in fractions.items() if n != "total")
     print(f"silent {fractions['total']:.1%} of all projection inputs ({classes})")
-    print(f"spike-coded model in {out}; try: spikelm inspect {out}")
+    print(f"spike-coded model in {out}; try: spikelm inspect {shlex.quote(str(out))}")
 
 
 def _silence(text: str) -> tuple[str, float]:
@@ -150,7 +150,3 @@ def _silence(text: str) -> tuple[str, float]:
         return name, float(fraction)
     except ValueError:
         raise ConfigError(f"--silence takes CLASS=FRACTION, got '{text}'") from None
-
-
-def _is_ours(folder: Path) -> bool:
-    return (folder / "spikes.json").is_file() or not any(folder.iterdir())

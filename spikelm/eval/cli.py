@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spikelm.config import presets
-from spikelm.errors import ConfigError
+from spikelm.errors import ConfigError, did_you_mean
 
 DATA_HELP = "text files, globs or datasets to measure on instead of the built-in corpus"
 BACKEND_HELP = "event-driven implementation of spike-coded models (%(default)s)"
@@ -73,7 +73,9 @@ def main_eval(argv: list[str]) -> int:
 
 def build_bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spikelm bench", description="Time and memory.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{length,memory,block,steps}"
+    )
     about = (
         "time to first token, time per token, peak memory and state against length, beside the "
         "same model with full attention"
@@ -224,6 +226,9 @@ def main_inspect(argv: list[str]) -> int:
         described = describe_preset(args.model)
         print(json.dumps(described, indent=2) if args.json else preset_table([described]))
         return 0
+    if not path.exists():
+        near = did_you_mean(args.model, presets())
+        raise ConfigError(f"no model folder and no preset: '{args.model}'; {near}")
     from spikelm.corpus import read_documents
     from spikelm.eval.inspect import MEASURED_BYTES, inspect
     from spikelm.eval.tables import inspection_table

@@ -74,7 +74,11 @@ def bench_length(
     if repeats < 1:
         raise ConfigError(f"repeats: {repeats} given; allowed: an integer >= 1")
     path = Path(path)
-    kind = "spike-coded" if "spike_coding" in checkpoint.read_config(path) else "float"
+    config = checkpoint.read_config(path)
+    kind = "spike-coded" if "spike_coding" in config else "float"
+    note = NOTE if full else None
+    if full and set(checkpoint.model_config_of(config, path).mixers) == {"full"}:
+        full, note = False, "no twin: this model has full attention in every layer itself"
     ids = text_ids(Tokenizer.load(path), lengths[-1])
     with tempfile.TemporaryDirectory() as folder:
         models = {"ours": path}
@@ -95,7 +99,7 @@ def bench_length(
         "kind": kind,
         "repeats": repeats,
         "measurements": rows,
-        "note": NOTE if full else None,
+        "note": note,
     }
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from spikelm import checkpoint
+from spikelm.errors import BackendError
 from spikelm.generate import Engine, Generation, prompt_ids, run, stream_text
 from spikelm.sampling import SamplingParams
 from spikelm.state import State
@@ -156,3 +159,19 @@ def test_a_copied_folder_generates_the_same(
 ) -> None:
     copy = shutil.copytree(coded_folder, tmp_path / "copy")
     assert generated(Engine(checkpoint.load(copy)), "Hello") == generated(coded, "Hello")
+
+
+def test_rows_that_pad_the_head_are_never_sampled(engine: Engine) -> None:
+    """Imported embeddings may have more rows than the tokenizer has ids."""
+    tokenizer = copy.copy(engine.tokenizer)
+    tokenizer.vocab_size = 200
+    padded = Engine(dataclasses.replace(engine.checkpoint, tokenizer=tokenizer))
+    logits, state = padded.prefill([1, 2, 3])
+    whole, _ = engine.prefill([1, 2, 3])
+    assert torch.equal(logits, whole[:, :200])
+    assert padded.step(torch.tensor([5]), state)[0].shape == (1, 200)
+
+
+def test_an_unknown_backend_is_no_float_models_either(float_folder: Path) -> None:
+    with pytest.raises(BackendError, match="unknown backend 'foo'"):
+        checkpoint.load(float_folder, backend="foo")

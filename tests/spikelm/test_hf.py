@@ -155,3 +155,11 @@ def test_a_saved_spike_coded_model_loads_everywhere(coded_folder: Path, tmp_path
     model.save_pretrained(tmp_path)
     checkpoint.load(coded_folder).tokenizer.save(tmp_path)
     assert checkpoint.load(tmp_path).manifest == checkpoint.load(coded_folder).manifest
+
+
+def test_a_spike_coded_model_keeps_its_thresholds_in_any_dtype(coded_folder: Path) -> None:
+    ids = torch.arange(12)[None]
+    expected = transformers.AutoModelForCausalLM.from_pretrained(coded_folder)(ids).logits
+    half = transformers.AutoModelForCausalLM.from_pretrained(coded_folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.state_dict().values()} == {torch.int8, torch.float32}
+    torch.testing.assert_close(half(ids).logits, expected, rtol=0, atol=0)

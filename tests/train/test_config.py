@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from spikelm.config import load_yaml, save_yaml
+from spikelm.config import load_model_config, load_yaml, presets, save_yaml
 from spikelm.errors import ConfigError
 from spikelm_train.config import differences, load_recipe
 
@@ -44,8 +45,14 @@ def test_sources_replace_those_of_the_recipe() -> None:
 
 def test_bytes_have_257_entries() -> None:
     assert load_recipe("demo", ["tokenizer.kind=bytes"]).model.vocab_size == 257
-    spikegpt = load_recipe("demo", ["model=spikegpt-46m"]).model
-    assert (spikegpt.vocab_size, spikegpt.width) == (1024, 512)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_takes_the_vocabulary_of_the_tokenizer(name: str) -> None:
+    model = load_recipe("demo", [f"model={name}"]).model
+    assert model.vocab_size == 1024
+    published = load_model_config(name)
+    assert dataclasses.replace(published, vocab_size=1024) == model
 
 
 def test_resolved_recipe_is_reloadable(tmp_path: Path) -> None:

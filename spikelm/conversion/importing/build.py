@@ -48,7 +48,8 @@ def build(source: Source, *, keep_dtype: bool = False) -> tuple[LanguageModel, R
     """The model with the source's weights, in float32, and what was done.
 
     `keep_dtype` leaves tensors that are copied unchanged in the source's own precision.
-    Raises: CheckpointError naming every missing, unknown and misshapen tensor.
+    Raises: CheckpointError naming every missing, unknown and misshapen tensor, and those with
+    numbers that are not finite.
     """
     with torch.device("meta"):
         model = LanguageModel(source.config)
@@ -65,9 +66,17 @@ def build(source: Source, *, keep_dtype: bool = False) -> tuple[LanguageModel, R
     plan = {name: _plan(name, t, source) for name, t in wanted.items()}
     report = Report(source.kind)
     report.ignored = _check(plan, source)
+    broken: list[str] = []
     for name, (rule, parts) in plan.items():
         state[name] = _tensor(wanted[name], rule, parts, source.tensors, keep_dtype, report)
         report.parameters += state[name].numel()
+        if not state[name].isfinite().all():
+            broken.append(name)
+    if broken:
+        raise CheckpointError(
+            f"{source.tensors.path} has weights that are not finite, in {', '.join(broken)}; "
+            "copy it again"
+        )
     model.load_state_dict(state, strict=not source.config.tie_embeddings, assign=True)
     model.tie_weights()
     return model.eval().requires_grad_(False), report

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
 from spikelm.errors import CheckpointError, ConfigError
+from spikelm.folders import check_out
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,8 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     source, out = Path(arguments.source), Path(arguments.out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty; give another folder")
+    check_out(out)
     if not source.exists():
         raise CheckpointError(f"no such file or folder: {source}")
 
@@ -91,5 +92,5 @@ def main(argv: list[str]) -> int:
     if report.codes:
         share = report.clamped / report.codes
         print(f"clamped {report.clamped:,} of {report.codes:,} int8 codes ({share:.2%})")
-    print(f"model in {out}; try: spikelm generate {out}")
+    print(f"model in {out}; try: spikelm generate {shlex.quote(str(out))} --prompt Once")
     return 0

@@ -50,7 +50,7 @@ def open_source(path: Path, kind: str | None = None, *, binary_embedding: bool =
     else:
         data = {"binary_embedding": binary_embedding}
         tensors = read_pickle(path)
-        kind = kind or _kind_of(tensors)
+        kind = _kind_of(tensors, kind)
     try:
         config, layout = KINDS[kind](data, tensors)
         return Source(kind, from_dict(ModelConfig, config), layout, tensors)
@@ -58,14 +58,18 @@ def open_source(path: Path, kind: str | None = None, *, binary_embedding: bool =
         raise CheckpointError(f"{path} cannot be represented: {error}") from None
 
 
-def _kind_of(tensors: Tensors) -> str:
+def _kind_of(tensors: Tensors, asked: str | None) -> str:
     names = tensors.shapes
     if "blocks.0.att.r_k" in names:
+        if asked not in (None, "rwkv7"):
+            raise CheckpointError(f"{tensors.path} holds rwkv7, not {asked}; give --kind rwkv7")
         return "rwkv7"
     if any(name.endswith((".ln_x.weight", ".time_maa_k")) for name in names):
         raise CheckpointError(
             f"{tensors.path} looks like RWKV-5 or RWKV-6; allowed: RWKV-4, RWKV-7"
         )
+    if asked is not None:
+        return asked
     if any(name.endswith(".att.time_decay") for name in names):
         raise CheckpointError(
             f"{tensors.path} has the tensors of RWKV-4, which are those of SpikeGPT too; "

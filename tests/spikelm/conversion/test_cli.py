@@ -34,7 +34,7 @@ def test_converts_a_run(
     [
         (["{tmp}/none", "{tmp}/out"], "no model folder at"),
         (["{model}", "{model}"], "OUT is RUN itself"),
-        (["{model}", "{tmp}"], "exists and is no spike-coded model"),
+        (["{model}", "{tmp}"], "exists and has no spikes.json to replace"),
         (["{model}", "{tmp}/out", "--silence", "ffn_input"], "takes CLASS=FRACTION"),
         (["{model}", "{tmp}/out", "--silence", "ffn_inputs=0.1"], "did you mean 'ffn_input'"),
         (["{model}", "{tmp}/out", "--calibration-tokens", "3"], "allowed: 512 or more"),

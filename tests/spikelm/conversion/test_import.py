@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from spikelm import checkpoint
 from spikelm.conversion.importing.cli import main
+from spikelm.conversion.importing.read import read_pickle
 from spikelm.conversion.importing.sources import KINDS, open_source
 from spikelm.errors import CheckpointError, ConfigError, SpikelmError
 
@@ -171,9 +174,11 @@ def test_pth_files_that_cannot_be_read(tmp_path: Path, released: Released) -> No
     assert "is no RWKV or SpikeGPT" in refused(write_pth(path, {"w": torch.ones(1)}), tmp_path)
     assert "no flat dictionary" in refused(write_pth(path, {"model": {}}), tmp_path)
     # Code in a pickle is not run.
-    assert "no file of tensors" in refused(write_pth(path, {"w": Path("/")}), tmp_path)
+    assert "(UnpicklingError): it is damaged" in refused(
+        write_pth(path, {"w": Path("/")}), tmp_path
+    )
     path.write_bytes(b"neither zip nor pickle")
-    assert "no file of tensors" in refused(path, tmp_path)
+    assert "cannot be read as tensors alone" in refused(path, tmp_path)
     counted = {**released["rwkv4"](), "ln_out.bias": torch.ones(16, dtype=torch.int64)}
     write_pth(path, counted)
     assert "ln_out.bias is torch.int64" in refused(path, tmp_path, "--kind", "rwkv4")
@@ -261,3 +266,35 @@ def test_a_folder_brings_its_own_tokenizer(
     (tmp_path / "7B" / "tokenizer.json").write_text(given)
     assert main([str(tmp_path / "7B"), str(tmp_path / "out")]) == 0
     assert checkpoint.load(tmp_path / "out").tokenizer.encode("ab") == [97, 98]
+
+
+def test_no_damage_of_a_pth_gets_past_as_another_error(tmp_path: Path, released: Released) -> None:
+    path = tmp_path / "model.pth"
+    for zipped in (True, False):
+        torch.save(released["rwkv4"](), path, _use_new_zipfile_serialization=zipped)
+        whole = path.read_bytes()
+        generator = random.Random(0)
+        for _ in range(60):
+            data = bytearray(whole)
+            for _ in range(generator.choice((1, 3))):
+                data[generator.randrange(0, 4000)] = generator.randrange(256)
+            path.write_bytes(data[: generator.choice((len(data), len(data) // 2))])
+            with contextlib.suppress(CheckpointError):
+                read_pickle(path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"\(EOFError\): it is damaged, cut short or holds"):
+        read_pickle(path)
+
+
+def test_the_kind_that_was_asked_for_is_compared(tmp_path: Path, released: Released) -> None:
+    path = write_pth(tmp_path / "model.pth", released["rwkv7"]())
+    message = refused(path, tmp_path, "--kind", "rwkv4")
+    assert "holds rwkv7, not rwkv4; give --kind rwkv7" in message
+
+
+def test_broken_numbers_are_named(tmp_path: Path, released: Released) -> None:
+    tensors = released["rwkv4"]()
+    tensors["blocks.1.att.key.weight"][0, 0] = torch.nan
+    path = write_pth(tmp_path / "model.pth", tensors)
+    message = refused(path, tmp_path, "--kind", "rwkv4")
+    assert "not finite, in layers.1.mixer.key.linear.weight" in message

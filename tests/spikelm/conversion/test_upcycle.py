@@ -64,7 +64,7 @@ def test_command(tiny_config: Make, tmp_path: Path, capsys: pytest.CaptureFixtur
     found = checkpoint.load(out).model.config.ffn.experts
     assert found == ExpertsConfig(num_experts=4, dense_layers=(0,))
     for arguments, message in (
-        ([str(source), str(out)], "not an empty folder"),
+        ([str(source), str(out)], "exists and is not empty"),
         ([str(out), str(tmp_path / "again")], "experts already"),
         ([str(source), str(tmp_path / "x"), "--top-k", "20"], "top_k: 20 given; allowed: 1 to 16"),
         ([str(source), str(tmp_path / "x"), "--dense-layers", "9"], "allowed: 0 to 1"),

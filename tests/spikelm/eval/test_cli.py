@@ -203,3 +203,8 @@ def test_aligned_and_size() -> None:
         "3.0 GiB",
         "5000.0 GiB",
     ]
+
+
+def test_a_misspelt_preset() -> None:
+    with pytest.raises(ConfigError, match="no preset: 'spikegpt-47m'; did you mean 'spikegpt-46m'"):
+        main_inspect(["spikegpt-47m"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from spikelm.eval import length as module
 from spikelm.eval.length import bench_length, measure, parse_lengths, text_ids, write_full_twin
 from spikelm.eval.tables import length_table
 from spikelm.models.coded import CodedLinear
+from spikelm.models.spikelm import LanguageModel
 from spikelm.tokenizer import Tokenizer
 
 
@@ -157,3 +159,14 @@ def test_bad_requests(float_folder: Path, tmp_path: Path) -> None:
         bench_length(float_folder, [4], repeats=0)
     with pytest.raises(CheckpointError, match="no model folder"):
         bench_length(tmp_path / "none", [4])
+
+
+def test_full_attention_has_no_twin(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_in_fresh_process", lambda *_: cost(1.0))
+    model = LanguageModel(tiny_config(mixers=("full", "full"))).initialise(0)
+    checkpoint.save(tmp_path / "full", model, Tokenizer.bytes())
+    report = bench_length(tmp_path / "full", [4], repeats=1)
+    assert report["measurements"] == [{"length": 4, "ours": cost(1.0)}]
+    assert "no twin" in length_table(report)
