@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q -q
 STAMP := .venv/.installed
+TEST_STAMP := .venv/.test-installed
 # The CPU build of torch by default; `make install CUDA=1` takes PyPI's, which brings CUDA on Linux.
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -11,6 +12,10 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Implementations by others that tests compare with. Without their dependencies, which would bring
 # another torch; a test that misses one is skipped.
 ORACLES := spikingjelly loguru rwkv fla-core einops
+ifndef CUDA
+# Interprets the CUDA kernels. A CUDA build of torch brings its own.
+ORACLES += "triton==3.9.0; sys_platform == 'linux'"
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint format types imports unit test-gpu docs build clean
@@ -39,7 +44,7 @@ types: install ## mypy, strict
 imports: install ## imports point down, and optional packages stay where they belong
 	@$(BIN)/lint-imports
 
-unit: install ## the tests; warnings are errors
+unit: $(TEST_STAMP) ## the tests; warnings are errors
 	@$(BIN)/python -m pytest -q
 
 test-gpu: ## the tests that need a CUDA device (BIN=/usr/bin uses a Python outside .venv)
@@ -66,5 +71,8 @@ else
 	@$(PIP) install "$(TORCH)+cpu" 2>/dev/null || $(PIP) install "$(TORCH)" --extra-index-url $(TORCH_CPU_INDEX)
 endif
 	@$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+$(TEST_STAMP): $(STAMP)
 	@$(PIP) install -c constraints.txt --no-deps $(ORACLES)
 	@touch $@

@@ -11,6 +11,8 @@ called, so that the kernels also run interpreted. B sequences, T tokens, C chann
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -185,6 +187,11 @@ def _backward(
         tl.store(grad_constants + 2 * size + b * C + c, of_softness, mask=mask)
 
 
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def lif_forward(
     x: Tensor,
     v: Tensor,
@@ -200,26 +207,27 @@ def lif_forward(
     spikes, after = torch.empty_like(x), torch.empty_like(v)
     before = torch.empty_like(x) if keep else None
     # A pointer that the kernel does not read may be any.
-    _forward[B, triton.cdiv(C, BLOCK)](
-        x,
-        v,
-        tau,
-        v_threshold,
-        tau if softness is None else softness,
-        x if begins is None else begins.view(torch.uint8),
-        spikes,
-        after,
-        x if before is None else before,
-        T,
-        C,
-        HARD=config.reset == "zero",
-        SOFT=softness is not None,
-        PACKED=begins is not None,
-        KEEP=keep,
-        WIDTH=BLOCK,
-        num_warps=1,
-        enable_fp_fusion=False,
-    )
+    with _device_of(x):
+        _forward[B, triton.cdiv(C, BLOCK)](
+            x,
+            v,
+            tau,
+            v_threshold,
+            tau if softness is None else softness,
+            x if begins is None else begins.view(torch.uint8),
+            spikes,
+            after,
+            x if before is None else before,
+            T,
+            C,
+            HARD=config.reset == "zero",
+            SOFT=softness is not None,
+            PACKED=begins is not None,
+            KEEP=keep,
+            WIDTH=BLOCK,
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
     return spikes, after, before
 
 
@@ -239,31 +247,32 @@ def lif_backward(
     B, T, C = before.shape
     grad_v, grad_x = grad_v.clone(), torch.empty_like(before)
     grads = before.new_empty(3, B, C) if learned else None
-    _backward[B, triton.cdiv(C, BLOCK)](
-        before,
-        v,
-        tau,
-        v_threshold,
-        tau if softness is None else softness,
-        before if begins is None else begins.view(torch.uint8),
-        grad_spikes,
-        grad_v,
-        grad_x,
-        before if grads is None else grads,
-        T,
-        C,
-        HARD=config.reset == "zero",
-        SOFT=softness is not None,
-        PACKED=begins is not None,
-        LEARNED=learned,
-        DETACH_RESET=config.detach_reset,
-        DETACH_MEMBRANE=config.detach_membrane,
-        surrogate=config.surrogate,
-        alpha=config.alpha,
-        WIDTH=BLOCK,
-        num_warps=1,
-        enable_fp_fusion=False,
-    )
+    with _device_of(before):
+        _backward[B, triton.cdiv(C, BLOCK)](
+            before,
+            v,
+            tau,
+            v_threshold,
+            tau if softness is None else softness,
+            before if begins is None else begins.view(torch.uint8),
+            grad_spikes,
+            grad_v,
+            grad_x,
+            before if grads is None else grads,
+            T,
+            C,
+            HARD=config.reset == "zero",
+            SOFT=softness is not None,
+            PACKED=begins is not None,
+            LEARNED=learned,
+            DETACH_RESET=config.detach_reset,
+            DETACH_MEMBRANE=config.detach_membrane,
+            surrogate=config.surrogate,
+            alpha=config.alpha,
+            WIDTH=BLOCK,
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
     if grads is None:
         return grad_x, grad_v, None, None, None
     of_tau, of_threshold, of_softness = grads.sum(1)

@@ -15,7 +15,7 @@ from spikelm.kernels.native import SURROGATES
 from spikelm.neurons import lif as module
 from spikelm.neurons.lif import LIFConstants, lif, lif_loop
 
-pytest.importorskip("triton", reason="triton is not installed; it comes with torch for CUDA")
+pytest.importorskip("triton", reason="triton is not installed; `make test` does on Linux")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = list(itertools.product(("zero", "subtract"), (False, True), (False, True)))
 
