@@ -18,7 +18,7 @@ ORACLES += "triton==3.9.0; sys_platform == 'linux'"
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types imports unit test-gpu docs build clean
+.PHONY: help install demo test lint format types imports unit sanitize test-gpu docs build clean
 
 help:
 	@awk -F ': .*## ' '/^[a-z-]+: .*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ imports: install ## imports point down, and optional packages stay where they be
 
 unit: $(TEST_STAMP) ## the tests; warnings are errors
 	@$(BIN)/python -m pytest -q
+
+sanitize: ## native matrices and threads against plain loops, watched by address, UB and thread sanitizers
+	@mkdir -p build
+	@for kinds in address,undefined thread; do \
+	  $(CXX) -std=c++20 -O1 -g -fsanitize=$$kinds -fno-sanitize-recover=all -pthread -o build/sanitize \
+	    native/sanitize.cpp native/matrix*.cpp native/pool.cpp native/rows.cpp && build/sanitize || exit 1; done
 
 test-gpu: ## the tests that need a CUDA device (BIN=/usr/bin uses a Python outside .venv)
 	@$(BIN)/python -m pytest -q -m gpu

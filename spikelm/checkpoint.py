@@ -96,7 +96,7 @@ def _write(
         **to_dict(model.config),
     }
     if manifest is not None:
-        config["spike_coding"] = {"bits": 8, "group_size": manifest["group_size"]}
+        config["spike_coding"] = coded.coding(model)
         _write_json(folder / MANIFEST, manifest)
     tensors = {
         PREFIX + name: tensor.detach().contiguous()
@@ -128,7 +128,6 @@ def load(path: str | Path, *, backend: str = "auto", device: str = "cpu") -> Che
     config = read_config(folder)
     if backend != "auto":
         event.resolve(backend, device)
-    group_size = group_size_of(config, folder)
     model_config = model_config_of(config, folder)
     tokenizer = Tokenizer.load(folder)
     expected = config.get("tokenizer_fingerprint")
@@ -143,12 +142,11 @@ def load(path: str | Path, *, backend: str = "auto", device: str = "cpu") -> Che
         )
     with torch.device("meta"):
         model = LanguageModel(model_config)
-        if group_size is not None:
-            coded.use_coded_linears(model, group_size)
+        spike_coded = use_coding(model, config, folder)
     _load_weights(model, folder / WEIGHTS)
     model.to(device)
     manifest = None
-    if group_size is not None:
+    if spike_coded:
         manifest = _read_json(folder / MANIFEST)
         coded.pack(model, backend)
     return Checkpoint(folder, model.eval().requires_grad_(False), tokenizer, manifest)
@@ -175,19 +173,33 @@ def model_config_of(config: dict[str, Any], where: Path | str) -> ModelConfig:
         raise CheckpointError(f"{where}: config.json: {error}") from None
 
 
-def group_size_of(config: dict[str, Any], where: Path | str) -> int | None:
-    """Outputs per scale in a spike-coded folder; None for a float one."""
+def use_coding(model: LanguageModel, config: dict[str, Any], where: Path | str) -> bool:
+    """Gives `model` the empty spike-coded linears that the plain data of a config.json asks for;
+    returns whether it asks for any.
+    """
     coding = config.get("spike_coding")
     if coding is None:
-        return None
-    if isinstance(coding, dict) and coding.get("bits") == 8:
-        size = coding.get("group_size")
-        if isinstance(size, int) and size >= 1:
-            return size
-    raise CheckpointError(
-        f"{where}: config.json: spike_coding is {coding!r}; "
-        "allowed: bits 8 and group_size 1 or more"
-    )
+        return False
+    names = {projection.neuron.name for projection in coded.projections(model)}
+    given = coding if isinstance(coding, dict) else {}
+    bits, group_size = given.get("bits"), given.get("group_size")
+    if isinstance(bits, int):
+        bits = dict.fromkeys(names, bits)
+    if not (
+        isinstance(bits, dict)
+        and bits.keys() == names
+        and all(type(own) is int and own in coded.LEVELS for own in bits.values())
+        and type(group_size) is int
+        and group_size >= 1
+    ):
+        shown = repr(coding)
+        raise CheckpointError(
+            f"{where}: config.json: spike_coding is "
+            f"{shown if len(shown) < 100 else shown[:100] + ' ...'}; allowed: bits 4 or 8, once "
+            "or for every projection by its name, and group_size 1 or more"
+        )
+    coded.use_coded_linears(model, group_size, bits)
+    return True
 
 
 def _load_weights(model: LanguageModel, path: Path) -> None:
@@ -212,12 +224,25 @@ def _load_weights(model: LanguageModel, path: Path) -> None:
                 f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for "
                 f"{list(want.shape)}; the two files belong to different models"
             )
-        if tensor.is_floating_point() != want.is_floating_point():
+        integral = not (tensor.is_floating_point() and want.is_floating_point())
+        if integral and tensor.dtype != want.dtype:
             raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected {want.dtype}")
         tensors[name] = tensor.to(want.dtype)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     model.load_state_dict(state, strict=not tied, assign=True)
     model.tie_weights()
+    _check_padding(model, path)
+
+
+def _check_padding(model: LanguageModel, path: Path) -> None:
+    """The half byte behind an odd number of 4-bit outputs is a zero weight."""
+    for projection in coded.projections(model):
+        linear = projection.linear
+        if isinstance(linear, coded.CodedLinear) and not linear.padding_is_zero():
+            raise CheckpointError(
+                f"{path} is damaged (the packed weights behind {projection.neuron.name} are not "
+                "what spikelm writes); copy or convert it again"
+            )
 
 
 def _check_names(path: Path, wanted: set[str], found: set[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spikelm import __version__
+from spikelm.errors import BackendError
 
 BASE = ("torch", "numpy", "pyyaml", "safetensors", "tokenizers")
 
@@ -69,12 +70,15 @@ def examine() -> dict[str, Any]:
         "cuda_devices": [],
         "bf16_training_pays": flags["avx512_bf16"] or flags["amx"],
         "native": None,
+        "native_isa": None,
         "event_backends": [],
         "event_backend": None,
         "problems": problems,
     }
     try:
         found.update(_examine_torch(found["bf16_training_pays"]))
+    except BackendError as error:
+        problems.append(str(error))
     except (ImportError, OSError, RuntimeError) as error:
         problems.append(f"torch does not work: {error}")
     return found
@@ -83,7 +87,7 @@ def examine() -> dict[str, Any]:
 def _examine_torch(bf16_on_cpu: bool) -> dict[str, Any]:
     import torch
 
-    from spikelm.kernels import event, native
+    from spikelm.kernels import event, native, rows
 
     backends = event.available()
     cuda = torch.cuda.is_available()
@@ -93,6 +97,7 @@ def _examine_torch(bf16_on_cpu: bool) -> dict[str, Any]:
         "cuda_devices": [{"name": d.name, "memory_bytes": d.total_memory} for d in devices],
         "bf16_training_pays": torch.cuda.is_bf16_supported() if cuda else bf16_on_cpu,
         "native": {"unavailable": native.unavailable()},
+        "native_isa": rows.isa() if native.unavailable() is None else None,
         "event_backends": [{"name": name, "unavailable": reason} for name, reason in backends],
         "event_backend": next((name for name, reason in backends if reason is None), None),
     }
@@ -148,6 +153,7 @@ def render(found: dict[str, Any]) -> str:
         ("cuda", ", ".join(d["name"] for d in found["cuda_devices"]) or "no device"),
         ("bf16", "training pays" if found["bf16_training_pays"] else "training does not pay"),
         ("native", _native(found["native"])),
+        ("native uses", found["native_isa"] or "nothing"),
         *(
             ("event", f"{b['name']}: {b['unavailable'] or 'available'}")
             for b in found["event_backends"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spikelm.checkpoint import Checkpoint
 from spikelm.config import WEIGHTLESS_CLASSES
+from spikelm.decoder import native_program
 from spikelm.errors import DataError
 from spikelm.models.spikelm import LanguageModel, shared_losses
 from spikelm.neurons import Neuron, Spikes
@@ -46,6 +47,7 @@ class Engine:
         self.checkpoint = checkpoint
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self.model: LanguageModel = checkpoint.model
+        self.program, self.native_obstacle = native_program(self.model)
         self._silent = torch.zeros((), dtype=torch.int64, device=self.model.device)
         self._total = 0
 
@@ -67,11 +69,22 @@ class Engine:
         return logits[:, -1, :vocabulary], state
 
     @torch.inference_mode()
-    def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
-        """One token for each of B sequences: ids [B] -> logits [B, N], and the state."""
-        ids = ids.to(self.model.device)
-        logits, state = self.model(ids[:, None], state, probe=self._count)
-        return logits[:, -1, : self.tokenizer.vocab_size], state
+    def step(self, ids: Tensor, state: State, *, in_place: bool = False) -> tuple[Tensor, State]:
+        """One token for each of B sequences: ids [B] -> logits [B, N], and the state.
+
+        `in_place` lets native code write into `state`, which whoever owns it may: copying a large
+        state takes longer than updating it.
+        """
+        vocabulary = self.tokenizer.vocab_size
+        if self.program is None:
+            ids = ids.to(self.model.device)
+            logits, state = self.model(ids[:, None], state, probe=self._count)
+            return logits[:, -1, :vocabulary], state
+        state = state if in_place else state.clone()
+        logits, silent, total = self.program.run(ids, state)
+        self._silent += silent
+        self._total += total
+        return logits[:, :vocabulary], state
 
     def _count(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
         if neuron.tensor_class not in WEIGHTLESS_CLASSES:
@@ -133,7 +146,8 @@ class Generation:
     """One running generation; after the last chunk `state` holds the whole conversation.
 
     `state` has seen the prompt and every token whose text was yielded or ended the text early,
-    except the last sampled one, which is in `pending`.
+    except the last sampled one, which is in `pending`. While the generation runs it may be written
+    to: clone it to keep it.
     """
 
     def __init__(
@@ -154,7 +168,8 @@ class Generation:
     def __iter__(self) -> Iterator[Chunk]:
         tokenizer = self.engine.tokenizer
         decoder, sampler = tokenizer.stream(), Sampler(self.params, self.prompt)
-        logits, self.state = self.engine.prefill(self.prompt, self.state)
+        logits, state = self.engine.prefill(self.prompt, self.state)
+        self.state = state = state.clone()
         held = ""
         unseen: list[int] = []
         for count in range(1, self.params.max_tokens + 1):
@@ -175,7 +190,8 @@ class Generation:
             if ready:
                 yield Chunk(ready, tuple(unseen), None)
                 unseen = []
-            logits, self.state = self.engine.step(torch.tensor([token]), self.state)
+            logits, state = self.engine.step(torch.tensor([token]), state, in_place=True)
+            self.state = state
         yield Chunk("", (), "length")
 
 

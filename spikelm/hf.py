@@ -20,11 +20,10 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from spikelm.checkpoint import MANIFEST, MODEL_TYPE, group_size_of, model_config_of
+from spikelm.checkpoint import MANIFEST, MODEL_TYPE, model_config_of, use_coding
 from spikelm.config import ModelConfig, to_dict
 from spikelm.errors import CheckpointError, ConfigError
 from spikelm.generate import run
-from spikelm.models.coded import use_coded_linears
 from spikelm.models.layers import reset_parameters
 from spikelm.models.spikelm import LanguageModel, shared_losses
 from spikelm.state import State
@@ -98,11 +97,8 @@ class SpikelmForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SpikelmConfig) -> None:
         super().__init__(config)
         self.model = LanguageModel(config.model_config)
-        if config.spike_coding is not None:
-            group_size = group_size_of(vars(config), "this model")
-            assert group_size is not None
-            use_coded_linears(self.model, group_size)
-            # In half precision thresholds and scales would be others; the weights are int8 anyway.
+        if use_coding(self.model, vars(config), "this model"):
+            # In half precision thresholds and scales would be others; the weights are integers.
             self._keep_in_fp32_modules_strict = [
                 name for name, tensor in self.state_dict().items() if tensor.is_floating_point()
             ]

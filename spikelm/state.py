@@ -49,7 +49,8 @@ class State:
         return State(layers, function(self.position))
 
     def clone(self) -> State:
-        return self.map(torch.clone)
+        """A copy that shares no memory, every tensor contiguous."""
+        return self.map(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
     def detach(self) -> State:
         """The same values outside the autograd graph (truncated backpropagation)."""

@@ -1,4 +1,4 @@
-"""Measuring spikes while a model runs: a probe that adds up what every neuron emits."""
+"""Measuring spikes while a model runs: probes that add up what every neuron gets and emits."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ def code_of(config: NeuronConfig, largest: int) -> tuple[Code, int] | None:
     if top == 1:
         return CODES["binary" if config.unsigned else "ternary"], 1
     return CODES["bitwise" if config.unsigned else "bitwise_signed"], top.bit_length()
+
+
+# Histograms are of log2 (|x| / mean|x|); what lies outside belongs to the first or last bin.
+BINS, OCTAVES = 4096, 16
 
 
 @dataclass(slots=True)
@@ -98,3 +102,23 @@ class Meter:
             name: sum(t.silent for t in group) / max(1, sum(t.entries for t in group))
             for name, group in groups.items()
         }
+
+
+class DeadZones:
+    """Probe: histograms of |x| / mean|x|, exact zeros in the first bin."""
+
+    def __init__(self) -> None:
+        self.histograms: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
+        ratio = x.abs() / x.abs().mean(-1, keepdim=True).clamp(min=1e-12)
+        octave = ratio.log2().clamp(-OCTAVES, OCTAVES).float()
+        histogram = torch.histc(octave, BINS, -OCTAVES, OCTAVES)
+        self.histograms[neuron.name] = self.histograms.get(neuron.name, 0) + histogram
+
+    def quantile(self, name: str, fraction: float) -> float:
+        """The ratio that `fraction` of the entries do not exceed; 0 if that many are zero."""
+        share = self.histograms[name].cumsum(0) / self.histograms[name].sum()
+        below = int((share < fraction).sum())
+        return 2.0 ** (2 * OCTAVES * (below + 1) / BINS - OCTAVES) if below else 0.0

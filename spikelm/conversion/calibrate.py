@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from spikelm.coding.meter import DeadZones
 from spikelm.config import WEIGHTLESS_CLASSES
 from spikelm.kernels.event import MAX_COUNT
 from spikelm.models.spikelm import LanguageModel
@@ -21,28 +22,6 @@ from spikelm.neurons.integer import integer_counts
 # Candidates for k: counts per mean |x|, half an octave apart. A vector with one active channel in
 # a thousand has a mean a thousandth of its entries' size and needs k < 1.
 K_GRID = [2.0 ** (n / 2) for n in range(-10, 14)]
-# Histograms are of log2 (|x| / mean|x|); what lies outside belongs to the first or last bin.
-BINS, OCTAVES = 4096, 16
-
-
-class DeadZones:
-    """Probe: histograms of |x| / mean|x|, exact zeros in the first bin."""
-
-    def __init__(self) -> None:
-        self.histograms: dict[str, Tensor] = {}
-
-    @torch.no_grad()
-    def __call__(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
-        ratio = x.abs() / x.abs().mean(-1, keepdim=True).clamp(min=1e-12)
-        octave = ratio.log2().clamp(-OCTAVES, OCTAVES).float()
-        histogram = torch.histc(octave, BINS, -OCTAVES, OCTAVES)
-        self.histograms[neuron.name] = self.histograms.get(neuron.name, 0) + histogram
-
-    def quantile(self, name: str, fraction: float) -> float:
-        """The ratio that `fraction` of the entries do not exceed; 0 if that many are zero."""
-        share = self.histograms[name].cumsum(0) / self.histograms[name].sum()
-        below = int((share < fraction).sum())
-        return 2.0 ** (2 * OCTAVES * (below + 1) / BINS - OCTAVES) if below else 0.0
 
 
 class Errors:

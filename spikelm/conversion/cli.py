@@ -17,7 +17,7 @@ WINDOW_TOKENS = 512
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spikelm convert",
-        description="Turn a trained model folder into a spike-coded one: int8 weights that only "
+        description="Turn a trained model folder into a spike-coded one: integer weights that only "
         "the spikes' rows are read of, trained or calibrated thresholds, and a manifest.",
     )
     parser.add_argument("source", metavar="RUN", help="folder of the trained (float) model")
@@ -46,6 +46,20 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="outputs that share one scale (default: %(default)s)",
     )
+    parser.add_argument(
+        "--bits",
+        action="append",
+        default=[],
+        metavar="[CLASS=]BITS",
+        help="bits per weight, 8 (default) or 4; of a tensor class, or of one projection by the "
+        "name of its neurons, with CLASS=, e.g. --bits 4 --bits head=8",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=("nearest", "compensated"),
+        help="round to nearest, or make up for each error in the weights still to be rounded, on "
+        "the calibration text (default: compensated for 4 bits, nearest for 8)",
+    )
     return parser
 
 
@@ -53,6 +67,7 @@ def main(argv: list[str]) -> int:
     arguments = build_parser().parse_args(argv)
     source, out = Path(arguments.source), Path(arguments.out)
     silence = dict(_silence(text) for text in arguments.silence)
+    bits = dict(_bits(text) for text in arguments.bits)
     if out.resolve() == source.resolve():
         raise ConfigError(f"OUT is RUN itself ({out}); give another folder")
     check_out(out, replace="spikes.json")
@@ -83,7 +98,16 @@ def main(argv: list[str]) -> int:
         )
     rows = min(len(ids), arguments.calibration_tokens) // WINDOW_TOKENS
     windows = torch.tensor(ids[: rows * WINDOW_TOKENS]).view(rows, WINDOW_TOKENS)
-    manifest = convert(source, out, windows, silence=silence, group_size=arguments.group_size)
+    manifest = convert(
+        source,
+        out,
+        windows,
+        silence=silence,
+        group_size=arguments.group_size,
+        bits=bits.pop("", 8),
+        bits_of=bits,
+        rounding=arguments.rounding,
+    )
     _report(manifest, out)
     return 0
 
@@ -150,3 +174,14 @@ def _silence(text: str) -> tuple[str, float]:
         return name, float(fraction)
     except ValueError:
         raise ConfigError(f"--silence takes CLASS=FRACTION, got '{text}'") from None
+
+
+def _bits(text: str) -> tuple[str, int]:
+    """("ffn_hidden", 4) of "ffn_hidden=4"; ("", 4) of "4"."""
+    name, equals, number = text.rpartition("=")
+    try:
+        if name or not equals:
+            return name, int(number)
+        raise ValueError
+    except ValueError:
+        raise ConfigError(f"--bits takes BITS or CLASS=BITS, got '{text}'") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,11 +21,15 @@ from spikelm.config import (
     to_dict,
 )
 from spikelm.conversion.calibrate import calibrate
+from spikelm.conversion.quantise import compensate
 from spikelm.errors import CheckpointError, ConfigError, did_you_mean
 from spikelm.kernels.event import MAX_COUNT
-from spikelm.models.coded import coded_copy
+from spikelm.models.coded import LEVELS, coded_copy, coding, projections
+from spikelm.models.spikelm import LanguageModel
 
 FORMAT = "spikelm-spikes-1"
+
+Rounding = Literal["nearest", "compensated"]
 
 
 def convert(
@@ -35,12 +39,18 @@ def convert(
     *,
     silence: Mapping[str, float] | None = None,
     group_size: int = 1,
+    bits: int = 8,
+    bits_of: Mapping[str, int] | None = None,
+    rounding: Rounding | None = None,
 ) -> dict[str, Any]:
     """Converts the float folder `source` into the spike-coded folder `out`; returns the manifest.
 
     Trained neurons keep their thresholds; projections without one are calibrated on the token
     `windows` [B, T], with dead zones for the silent fractions in `silence` (per tensor class).
-    Raises: ConfigError for a silence that does not apply, CheckpointError for a bad source.
+    Weights have `bits`, 4 or 8, where `bits_of` does not say otherwise, by tensor class or by the
+    name of the population in front (`head`). Rounding to 4 bits is compensated on the `windows`
+    (`conversion.quantise`) and to 8 bits is to nearest, unless `rounding` says one for both.
+    Raises: ConfigError for a silence or bits that do not apply, CheckpointError for a bad source.
     """
     loaded = checkpoint.load(source)
     if loaded.manifest is not None:
@@ -54,14 +64,26 @@ def convert(
         )
     silence = dict(silence or {})
     _check_silence(silence, loaded.model.config)
+    bits_by_name = _resolve_bits(bits, bits_of or {}, loaded.model)
     calibrated = calibrate(loaded.model, windows, silence)
-    model = coded_copy(loaded.model, coded_config(loaded.model.config), group_size)
+    config = coded_config(loaded.model.config)
+    model = coded_copy(loaded.model, config, group_size, bits_by_name)
     with torch.no_grad():
         for neuron in model.neurons():
             if neuron.name in calibrated:
                 k, dead_zone = calibrated[neuron.name]
                 neuron.k.fill_(k)
                 neuron.dead_zone.fill_(dead_zone)
+    roundings = {
+        name: rounding or ("compensated" if own == 4 else "nearest")
+        for name, own in bits_by_name.items()
+    }
+    weights = {
+        p.neuron.name: p.linear.get_parameter("weight")
+        for p in projections(loaded.model)
+        if roundings[p.neuron.name] == "compensated"
+    }
+    compensate(model, weights, windows)
     meter = Meter()
     with torch.inference_mode():
         for window in windows.split(1):
@@ -69,13 +91,13 @@ def convert(
     manifest = {
         "format": FORMAT,
         "source": {"name": loaded.name, "fingerprint": loaded.fingerprint},
-        "bits": 8,
-        "group_size": group_size,
+        **coding(model),
         "calibration_tokens": windows.numel(),
         "silence_asked": silence,
         "silent_fraction": meter.silent_fractions(),
         "neurons": [
             _entry(meter.tallies.get(neuron.name, Tally(neuron)), neuron.name in calibrated)
+            | {"bits": bits_by_name.get(neuron.name), "rounding": roundings.get(neuron.name)}
             for neuron in model.neurons()
         ],
     }
@@ -110,6 +132,24 @@ def _check_silence(silence: Mapping[str, float], config: ModelConfig) -> None:
                 f"silence for '{name}' given, but its threshold was trained or it feeds no "
                 "weights; silence can be asked for projections whose neuron is off"
             )
+
+
+def _resolve_bits(bits: int, bits_of: Mapping[str, int], model: LanguageModel) -> dict[str, int]:
+    """The bits of every projection, by the name of the population in front."""
+    classes = {p.neuron.name: p.neuron.tensor_class for p in projections(model)}
+    known = sorted({*classes, *classes.values()})
+    for name in bits_of:
+        if name not in known:
+            reason = "feeds no weights of this model" if name in TENSOR_CLASSES else "is unknown"
+            near = did_you_mean(name, sorted({*classes.values(), "head"}))
+            raise ConfigError(f"bits for '{name}' given, which {reason}; {near}")
+    for given in (bits, *bits_of.values()):
+        if given not in LEVELS:
+            raise ConfigError(f"bits {given} given; allowed: {', '.join(map(str, sorted(LEVELS)))}")
+    return {
+        name: bits_of.get(name, bits_of.get(tensor_class, bits))
+        for name, tensor_class in classes.items()
+    }
 
 
 def _entry(tally: Tally, calibrated: bool) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def main_eval(argv: list[str]) -> int:
 def build_bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spikelm bench", description="Time and memory.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{length,memory,block,steps}"
+        dest="command", required=True, metavar="{length,memory,decode,block,steps}"
     )
     about = (
         "time to first token, time per token, peak memory and state against length, beside the "
@@ -100,6 +100,30 @@ def build_bench_parser() -> argparse.ArgumentParser:
     )
     memory.add_argument("--backend", default="auto", help=BACKEND_HELP)
     memory.add_argument("--json", action="store_true", help="print one JSON object")
+    about = "time per token of a preset's shape at a chosen silence, beside other programs"
+    decode = commands.add_parser("decode", help=about, description=about.capitalize() + ".")
+    decode.add_argument("model", metavar="PRESET", help="name or YAML file")
+    decode.add_argument(
+        "--silence",
+        default="0.8",
+        metavar="Z[,HIDDEN]",
+        help="silent fraction of what enters matrices, and of the FFN's hidden vector if it has "
+        "another (%(default)s)",
+    )
+    decode.add_argument("--bits", type=int, default=8, help="of our weights, 8 or 4 (%(default)s)")
+    decode.add_argument("--threads", type=int, default=1, help="of everybody (%(default)s)")
+    decode.add_argument(
+        "--against",
+        default="dense",
+        metavar="NAMES",
+        help="dense, llama.cpp, transformers, rwkv; several with commas (%(default)s)",
+    )
+    decode.add_argument("--rounds", type=int, default=4, help="of turns (%(default)s)")
+    decode.add_argument("--tokens", type=int, default=12, help="of each turn (%(default)s)")
+    decode.add_argument(
+        "--position", type=int, default=0, help="tokens that came before (%(default)s)"
+    )
+    decode.add_argument("--json", action="store_true", help="print one JSON object")
     about = "training speed of one layer on the CPU, beside plain loops over the tokens"
     block = commands.add_parser("block", help=about, description=about.capitalize() + ".")
     block.add_argument(
@@ -137,10 +161,31 @@ def main_bench(argv: list[str]) -> int:
     commands = {
         "length": _bench_length,
         "memory": _bench_memory,
+        "decode": _bench_decode,
         "block": _bench_block,
         "steps": _bench_steps,
     }
     return commands[args.command](args)
+
+
+def _bench_decode(args: argparse.Namespace) -> int:
+    from spikelm.eval.decode import bench_decode, parse_silence
+    from spikelm.eval.tables import decode_table
+
+    silence, hidden = parse_silence(args.silence)
+    report = bench_decode(
+        args.model,
+        silence=silence,
+        hidden_silence=hidden,
+        bits=args.bits,
+        threads=args.threads,
+        against=[name for name in args.against.split(",") if name],
+        rounds=args.rounds,
+        tokens=args.tokens,
+        position=args.position,
+    )
+    print(json.dumps(report, indent=2) if args.json else decode_table(report))
+    return 0
 
 
 def _bench_block(args: argparse.Namespace) -> int:

@@ -132,8 +132,8 @@ def write_full_twin(source: Path, folder: Path) -> None:
     theirs = dataclasses.replace(ours, mixers=(mixer,) * ours.num_layers)
     model, manifest = LanguageModel(theirs).initialise(0), None
     if "spike_coding" in config:
-        manifest = {"group_size": config["spike_coding"]["group_size"]}
-        model = coded_copy(model, theirs, manifest["group_size"])
+        manifest = config["spike_coding"]
+        model = coded_copy(model, theirs, manifest["group_size"], manifest["bits"])
     wanted = model.state_dict()
     tensors = load_file(source / checkpoint.WEIGHTS)
     named = {name.removeprefix(checkpoint.PREFIX): tensor for name, tensor in tensors.items()}

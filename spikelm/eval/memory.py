@@ -31,10 +31,10 @@ def bench_memory(path: str | Path, tokens: int, *, backend: str = "auto") -> dic
     powers = {FIRST**n for n in range(1, 12) if FIRST**n <= tokens}
     stops = powers | {tokens * tenth // 10 for tenth in range(1, 11)} - set(range(FIRST))
     rows: list[dict[str, Any]] = []
-    token, state = eos, engine.model.initial_state(1)
+    token, state = eos, engine.model.initial_state(1).clone()
     began, before = perf_counter(), 0
     for seen in range(1, tokens + 1):
-        logits, state = engine.step(torch.tensor([token]), state)
+        logits, state = engine.step(torch.tensor([token]), state, in_place=True)
         token = sampler.sample(logits[0])
         if seen in stops:
             now = perf_counter()

@@ -265,3 +265,33 @@ def steps_table(report: Mapping[str, Any]) -> str:
     return "\n".join(
         [*lines, aligned(rows), "", "rows of the head, 100 %: the plain event product"]
     )
+
+
+def decode_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm bench decode` prints: a row per contestant."""
+    head = ["ms per token", "by CPU time", "over ours", "by CPU time", "lowest", "highest"]
+    rows = [[f"{report['preset']}, {report['bits']} bits", *head, "resident"]]
+    for found in report["contestants"]:
+        times = [f"{found[key]:.2f}" for key in ("ms_per_token", "cpu_ms_per_token")]
+        ratios = report["ratios"].get(found["name"])
+        if ratios is None:
+            cells = ["1.00 x", "1.00 x", "", ""]
+        else:
+            wall, cpu = ratios["wall"], ratios["cpu"]
+            cells = [
+                f"{ratio:.2f} x"
+                for ratio in (wall["median"], cpu["median"], cpu["lowest"], cpu["highest"])
+            ]
+        rows.append([found["name"], *times, *cells, size(found["resident_bytes"])])
+    ours = report["contestants"][0]
+    asked = report["silence_asked_for"]
+    lines = [
+        aligned(rows),
+        "",
+        f"{ours['silent_fraction']:.1%} silent (asked for: {asked['inputs']:.0%}, hidden "
+        f"{asked['ffn_hidden']:.0%}): {size(ours['bytes_per_token'])} of "
+        f"{size(ours['weight_bytes'])} of weights per token, {size(ours['state_bytes'])} of state",
+        f"{report['threads']} threads, medians of {report['tokens']} tokens in "
+        f"{report['rounds']} rounds, behind {report['position']:,} tokens",
+    ]
+    return "\n".join(lines)

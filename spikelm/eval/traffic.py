@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from spikelm.kernels import event
 from spikelm.models.coded import CodedLinear, projections
 from spikelm.models.ffn import ExpertsFFN
 from spikelm.models.layers import Linear, Projection
@@ -110,8 +111,8 @@ def _matrix(projection: Projection, share: float) -> Matrix:
     if isinstance(linear, CodedLinear):
         table = linear.weight if linear.table is None else linear.table
         assert table is not None
-        row_bytes = table.shape[1] * table.element_size()
-        return Matrix(linear.in_features, linear.out_features, 8, row_bytes, linear.backend, share)
+        shape = linear.in_features, linear.out_features
+        return Matrix(*shape, linear.bits, event.row_bytes(table), linear.backend, share)
     assert isinstance(linear, Linear)
     out_features, in_features = linear.weight.shape
     size = linear.weight.element_size()

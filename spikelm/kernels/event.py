@@ -14,16 +14,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spikelm.errors import BackendError, did_you_mean
+from spikelm.kernels import rows
+from spikelm.kernels.rows import MAX_COUNT as MAX_COUNT
+from spikelm.kernels.rows import RowMatrix
 
-BACKENDS = ("embedding_bag_int8", "embedding_bag_float", "matmul")
+Table = Tensor | RowMatrix
+"""Weights in a backend's own layout."""
+
+BACKENDS = ("native", "embedding_bag_int8", "embedding_bag_float", "matmul")
 """In the order `auto` tries them."""
 
 # Up to this many tokens a call gathers rows of active neurons; more share one integer GEMM, as
-# the union of their active sets is nearly everything.
+# the union of their active sets is nearly everything. `native` gathers on while there are no more
+# events than so many dense rows have: the GEMM takes as long as 8 to 10 of them.
 EVENT_ROWS = 8
-
-MAX_COUNT = 127
-"""Largest |count| the products take."""
 
 _EXACT_IN_FLOAT32 = 2**24
 _OFFSET = 128
@@ -49,8 +53,14 @@ def resolve(backend: str, device_type: str = "cpu") -> str:
     return backend
 
 
-def pack(weight: Tensor, backend: str) -> Tensor:
-    """The int8 weights [K, N] in the backend's own layout; `matmul` takes them as they are."""
+def pack(weight: Tensor, backend: str, bits: int = 8) -> Table:
+    """The int8 weights [K, N] in the backend's own layout; `matmul` takes them as they are. Only
+    `native` makes less of `bits` = 4 (weights in -8..7).
+
+    Raises: BackendError for a shape that `native` cannot hold.
+    """
+    if backend == "native":
+        return RowMatrix(weight, bits)
     if backend == "matmul":
         return weight
     if backend == "embedding_bag_float":
@@ -61,10 +71,22 @@ def pack(weight: Tensor, backend: str) -> Tensor:
     return torch.cat([rows, tail.expand(weight.shape[0], -1)], 1).contiguous()
 
 
-def product(counts: Tensor, table: Tensor, backend: str) -> Tensor:
+def row_bytes(table: Table) -> int:
+    """What the weights of one input neuron take."""
+    if isinstance(table, RowMatrix):
+        return table.row_bytes
+    return table.shape[1] * table.element_size()
+
+
+def product(counts: Tensor, table: Table, backend: str) -> Tensor:
     """counts [R, K] (integers of any dtype, |count| <= 127) times the packed weights -> the exact
     integers [R, N], as float32, or as float64 where they may not fit.
     """
+    if isinstance(table, RowMatrix):
+        R, K = counts.shape
+        few = R <= EVENT_ROWS or int(counts.count_nonzero()) <= EVENT_ROWS * K
+        sums = table.product(counts) if few else _integer_gemm(counts, table.dense, "matmul")
+        return sums.float() if _fits_float32(counts) else sums.double()
     if not _fits_float32(counts):
         return _integer_gemm(counts, table, backend).to(torch.float64)
     if backend == "matmul" or counts.shape[0] > EVENT_ROWS:
@@ -115,6 +137,8 @@ def _obstacle(backend: str, device_type: str) -> str | None:
         return None
     if device_type != "cpu":
         return "the gather of active rows is for CPUs"
+    if backend == "native":
+        return rows.unavailable()
     if backend == "embedding_bag_int8" and not hasattr(
         torch.ops.quantized, "embedding_bag_byte_rowwise_offsets"
     ):

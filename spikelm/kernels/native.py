@@ -25,7 +25,7 @@ from torch import Tensor
 from spikelm.config import NeuronConfig
 
 # That of native/abi.cpp.
-ABI = 1
+ABI = 3
 SURROGATES = ("arctan", "sigmoid", "rectangle", "triangle", "fast_sigmoid", "gaussian")
 """In the order of the enumeration in native/lif.cpp."""
 
@@ -58,6 +58,11 @@ def unavailable() -> str | None:
 def serves(x: Tensor) -> bool:
     """Whether the kernels run on tensors of this device and dtype, here and now."""
     return x.device.type == "cpu" and x.dtype in _SUFFIXES and unavailable() is None
+
+
+def library() -> Any:
+    """The loaded library, for modules that declare functions of their own."""
+    return _load()[0]
 
 
 @functools.cache

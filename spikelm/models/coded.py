@@ -1,9 +1,12 @@
-"""Spike-coded linears: int8 weights of which only the spikes' rows are read.
+"""Spike-coded linears: integer weights of which only the spikes' rows are read.
 
 y = v_threshold * scale * (W counts),   the product in exact integers
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +18,20 @@ from spikelm.models.layers import Linear, Projection
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Spikes
 
+LEVELS = {8: (-127, 127), 4: (-8, 7)}
+"""Smallest and largest integer weight, by its bits."""
+
+_FOUR_BIT_OFFSET = 8
+# Sizes of one 4-bit level to choose from, relative to the one that clamps nothing. 7/8 of it still
+# reaches the largest weight with -8.
+_FOUR_BIT_STEPS = [1 - 0.025 * n for n in range(26)]
+# Weights whose scales are searched together.
+_PART_WEIGHTS = 2**16
+
 
 class CodedLinear(nn.Module):
-    """weight int8 [in, out], input-major; scale [out / group], shared by groups of outputs.
+    """weight int8 [in, out], input-major, or packed (`pack_nibbles`) if it has 4 bits;
+    scale [out / group], shared by groups of outputs.
 
     Scales lie along the output, never along the input, so the sum over input neurons stays an
     exact integer and a silent neuron's scale is not read either.
@@ -26,75 +40,155 @@ class CodedLinear(nn.Module):
     weight: Tensor | None
     scale: Tensor
 
-    def __init__(self, in_features: int, out_features: int, group_size: int) -> None:
+    def __init__(self, in_features: int, out_features: int, group_size: int, bits: int = 8) -> None:
         super().__init__()
         groups = -(-out_features // group_size)
-        self.group_size = group_size
+        self.group_size, self.bits = group_size, bits
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("weight", torch.zeros(in_features, out_features, dtype=torch.int8))
-        self.register_buffer("scale", torch.zeros(groups))
+        self.register_buffer("weight", None)
+        self.register_buffer("scale", None)
+        self.fill(torch.zeros(in_features, out_features, dtype=torch.int8), torch.zeros(groups))
         self.backend = "matmul"
-        self.table: Tensor | None = None
+        self.table: event.Table | None = None
+
+    def fill(self, integers: Tensor, scale: Tensor) -> None:
+        """Takes int8 weights [in, out] and their scale."""
+        self.weight = integers if self.bits == 8 else pack_nibbles(integers)
+        self.scale = scale
+
+    def integers(self) -> Tensor:
+        """The weights as int8 [in, out]; not after `pack` for another backend than `matmul`."""
+        if self.weight is None:
+            assert self.backend == "matmul"
+            assert isinstance(self.table, Tensor)
+            return self.table
+        return self.weight if self.bits == 8 else unpack_nibbles(self.weight, self.out_features)
+
+    def padding_is_zero(self) -> bool:
+        """Whether the half bytes that belong to no output hold a zero weight."""
+        if self.bits == 8 or self.out_features % 2 == 0:
+            return True
+        assert self.weight is not None
+        return bool((self.weight[:, -1] >> 4 == _FOUR_BIT_OFFSET).all())
 
     def pack(self, backend: str) -> None:
         """Moves the weights into the backend's layout: for running, no longer for saving.
 
-        `matmul` uses the weights as they are.
+        `matmul` uses int8 weights as they are.
         """
         assert self.weight is not None
-        if backend == "matmul":
+        if backend == "matmul" and self.bits == 8:
             return
-        self.backend, self.table = backend, event.pack(self.weight, backend)
+        self.table = event.pack(self.integers(), backend, self.bits)
+        self.backend = backend
         self.weight = None
 
     def forward(self, spikes: Spikes) -> Tensor:
         assert spikes.counts is not None, "a spike-coded linear needs a neuron in front of it"
         assert spikes.v_threshold is not None
-        table = self.weight if self.table is None else self.table
-        assert table is not None
+        table = self.integers() if self.table is None else self.table
         rows = event.product(spikes.counts.flatten(0, -2), table, self.backend)
-        y = (rows * self._out_scale()).to(spikes.values.dtype)
+        y = (rows * self.out_scale()).to(spikes.values.dtype)
         return y.view(*spikes.counts.shape[:-1], -1) * spikes.v_threshold
 
     def dequantised(self) -> Tensor:
         """The float weights [out, in] these integers stand for."""
-        assert self.weight is not None
-        return self.weight.T * self._out_scale()[:, None]
+        return self.integers().T * self.out_scale()[:, None]
 
-    def _out_scale(self) -> Tensor:
+    def out_scale(self) -> Tensor:
+        """The scale of each output [out]."""
         if self.group_size == 1:
             return self.scale
         return self.scale.repeat_interleave(self.group_size)[: self.out_features]
 
 
-def quantise(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 of weight [out, in]: (integers [in, out], scale [out / group]).
-
-    The largest |weight| of a group maps to 127, so nothing is clamped.
+def pack_nibbles(integers: Tensor) -> Tensor:
+    """Integers -8..7 [in, out] as bytes uint8 [in, out / 2], which hold (integer + 8) of output 2j
+    in the low half of byte j and of 2j + 1 in the high one; an odd last half is a zero weight.
     """
-    absmax = weight.float().abs().amax(1)
-    groups = F.pad(absmax, (0, -absmax.numel() % group_size))
-    scale = groups.unflatten(0, (-1, group_size)).amax(1).clamp(min=1e-12) / 127
-    per_output = scale.repeat_interleave(group_size)[: absmax.numel()]
-    integers = torch.round(weight.float() / per_output[:, None])
-    return integers.to(torch.int8).T.contiguous(), scale
+    halves = (F.pad(integers, (0, integers.shape[1] % 2)) + _FOUR_BIT_OFFSET).to(torch.uint8)
+    return halves[:, 0::2] | halves[:, 1::2] << 4
 
 
-def use_coded_linears(model: LanguageModel, group_size: int) -> None:
-    """Replaces every projection's float linear by an empty spike-coded one."""
+def unpack_nibbles(packed: Tensor, out_features: int) -> Tensor:
+    """The int8 [in, out] behind the bytes of `pack_nibbles`."""
+    halves = packed.new_empty(*packed.shape, 2)
+    torch.bitwise_and(packed, 15, out=halves[..., 0])
+    torch.bitwise_right_shift(packed, 4, out=halves[..., 1])
+    integers = halves.view(torch.int8).flatten(1).sub_(_FOUR_BIT_OFFSET)
+    return integers[:, :out_features].contiguous()
+
+
+def quantise(weight: Tensor, group_size: int, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Integers nearest to weight [out, in] under `choose_scale`: (int8 [in, out],
+    scale [out / group]).
+    """
+    scale = choose_scale(weight, group_size, bits)
+    per_output = scale.repeat_interleave(group_size)[: weight.shape[0], None]
+    return round_to_levels(weight.float(), per_output, bits).to(torch.int8).T.contiguous(), scale
+
+
+def round_to_levels(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The integer of `bits` nearest to weight / scale, as a float."""
+    return torch.round(weight / scale).clamp(*LEVELS[bits])
+
+
+def choose_scale(weight: Tensor, group_size: int, bits: int) -> Tensor:
+    """The scale [out / group] of weight [out, in].
+
+    8 bits: the largest |weight| of a group maps to 127, so nothing is clamped. 4 bits: the step of
+    least squared error; its sign points the longer side, -8, to the largest |weight|.
+    """
+    rows = weight.float()
+    missing = -rows.shape[0] % group_size
+    groups: Tensor = F.pad(rows, (0, 0, 0, missing)).unflatten(0, (-1, group_size)).flatten(1)
+    if bits == 8:
+        return groups.abs().amax(1).clamp(min=1e-12) / LEVELS[8][1]
+    # A part at a time stays in the cache for all candidates.
+    parts = groups.split(max(1, _PART_WEIGHTS // groups.shape[1]))
+    return torch.cat([_four_bit_scale(part) for part in parts])
+
+
+def _four_bit_scale(groups: Tensor) -> Tensor:
+    """The scale of each row."""
+    absmax = groups.abs().amax(1).clamp(min=1e-12)
+    sign = torch.where(groups.amax(1) > -groups.amin(1), -1.0, 1.0)
+    best, least = absmax, torch.full_like(absmax, torch.inf)
+    for step in _FOUR_BIT_STEPS:
+        scale = sign * absmax * step / LEVELS[4][1]
+        rounded = round_to_levels(groups, scale[:, None], 4) * scale[:, None]
+        error = (rounded - groups).square().sum(1)
+        best = torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def use_coded_linears(
+    model: LanguageModel, group_size: int, bits: int | Mapping[str, int] = 8
+) -> None:
+    """Replaces every projection's float linear by an empty spike-coded one of `bits`: one number,
+    or by the name of the population in front, 8 where it is not named.
+    """
     for projection in projections(model):
         if isinstance(projection.linear, Linear):
+            own = bits if isinstance(bits, int) else bits.get(projection.neuron.name, 8)
             out_features, in_features = projection.linear.weight.shape
-            projection.linear = CodedLinear(in_features, out_features, group_size)
+            projection.linear = CodedLinear(in_features, out_features, group_size, own)
 
 
-def coded_copy(model: LanguageModel, config: ModelConfig, group_size: int) -> LanguageModel:
-    """The float `model` with int8 weights, under `config`, which puts a neuron before every
-    projection. Neurons `model` lacks keep their initial thresholds.
+def coded_copy(
+    model: LanguageModel,
+    config: ModelConfig,
+    group_size: int,
+    bits: int | Mapping[str, int] = 8,
+) -> LanguageModel:
+    """The float `model` with integer weights of `bits` (as in `use_coded_linears`), under `config`,
+    which puts a neuron before every projection. Neurons `model` lacks keep their initial
+    thresholds.
     """
     with torch.device("meta"):
         coded = LanguageModel(config)
-    use_coded_linears(coded, group_size)
+    use_coded_linears(coded, group_size, bits)
     coded.to_empty(device="cpu")
     for neuron in coded.neurons():
         neuron.reset_parameters()
@@ -103,8 +197,23 @@ def coded_copy(model: LanguageModel, config: ModelConfig, group_size: int) -> La
     for source, target in zip(projections(model), projections(coded), strict=True):
         assert isinstance(target.linear, CodedLinear)
         weight = source.linear.get_parameter("weight")
-        target.linear.weight, target.linear.scale = quantise(weight, group_size)
+        target.linear.fill(*quantise(weight, group_size, target.linear.bits))
     return coded.eval().requires_grad_(False)
+
+
+def coding(model: LanguageModel) -> dict[str, Any]:
+    """How a spike-coded model's weights are stored, as JSON types: `group_size`, and `bits` as in
+    `use_coded_linears`.
+    """
+    linears = {
+        p.neuron.name: p.linear for p in projections(model) if isinstance(p.linear, CodedLinear)
+    }
+    bits = {name: linear.bits for name, linear in linears.items()}
+    alike = len(set(bits.values())) == 1
+    return {
+        "bits": next(iter(bits.values())) if alike else bits,
+        "group_size": next(iter(linears.values())).group_size,
+    }
 
 
 def projections(model: LanguageModel) -> list[Projection]:

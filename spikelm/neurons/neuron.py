@@ -116,8 +116,7 @@ class Neuron(nn.Module):
         elif c.kind == "lif":
             key = f"{self.key}.v"
             v = state[key]
-            constants = self._learned(v.dtype) if c.learn else None
-            fired, kept[key] = lif(x.to(v.dtype), v, c, segment, constants)
+            fired, kept[key] = lif(x.to(v.dtype), v, c, segment, self.constants(v))
             spikes = _binary(fired) if c.softness is None else Spikes(fired, None, None)
         else:
             spikes = Spikes(x, None, None)
@@ -125,8 +124,11 @@ class Neuron(nn.Module):
             probe(self, x, spikes)
         return spikes, kept
 
-    def _learned(self, dtype: torch.dtype) -> LIFConstants:
-        """tau, threshold and softness [C] as trained."""
+    def constants(self, like: Tensor) -> LIFConstants:
+        """tau, threshold and softness of a LIF neuron: [C] as trained, or as configured."""
+        dtype = like.dtype
+        if not self.config.learn:
+            return LIFConstants.of(self.config, like)
         tau = 1 + torch.exp(-self.tau_logit.to(dtype))
         softness = None if self.config.softness is None else self.softness_log.to(dtype).exp()
         return LIFConstants(tau, self.v_threshold_log.to(dtype).exp(), softness)

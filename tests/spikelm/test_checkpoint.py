@@ -96,12 +96,16 @@ def test_other_models_tokenizer(broken: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "coding", ["x", 5, {"bits": 8}, {"bits": 4, "group_size": 1}, {"bits": 8, "group_size": 0}]
+    "coding",
+    [
+        *("x", 5, {"bits": 8}, {"bits": 8, "group_size": 0}, {"bits": 5, "group_size": 1}),
+        *({"bits": {"head": bits}, "group_size": 1} for bits in (8, "4")),
+    ],
 )
 def test_damaged_spike_coding(coded_folder: Path, tmp_path: Path, coding: Any) -> None:
     folder = Path(shutil.copytree(coded_folder, tmp_path / "broken"))
     edit_config(folder, spike_coding=coding)
-    with pytest.raises(CheckpointError, match="allowed: bits 8 and group_size 1 or more"):
+    with pytest.raises(CheckpointError, match="allowed: bits 4 or 8, once or for every"):
         checkpoint.load(folder)
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spikelm import checkpoint
+from spikelm.conversion.convert import convert
 from spikelm.errors import CheckpointError, ConfigError
 from spikelm.generate import Engine, prompt_ids, stream_text
 from spikelm.sampling import SamplingParams
@@ -163,3 +164,15 @@ def test_a_spike_coded_model_keeps_its_thresholds_in_any_dtype(coded_folder: Pat
     half = transformers.AutoModelForCausalLM.from_pretrained(coded_folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.state_dict().values()} == {torch.int8, torch.float32}
     torch.testing.assert_close(half(ids).logits, expected, rtol=0, atol=0)
+
+
+def test_four_bit_weights(float_folder: Path, tmp_path: Path) -> None:
+    ids = torch.arange(60)[None]
+    coded, saved = tmp_path / "coded", tmp_path / "saved"
+    convert(float_folder, coded, ids, bits=4, bits_of={"ffn_hidden": 8})
+    expected = checkpoint.load(coded).model(ids)[0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(coded, dtype=torch.bfloat16)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
+    model.save_pretrained(saved)
+    checkpoint.load(coded).tokenizer.save(saved)
+    torch.testing.assert_close(checkpoint.load(saved).model(ids)[0], expected, rtol=0, atol=0)

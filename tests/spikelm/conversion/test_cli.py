@@ -21,11 +21,13 @@ def test_converts_a_run(
 ) -> None:
     command = ["convert", str(float_folder), str(tmp_path / "out"), "--data", text]
     command += ["--calibration-tokens", "1024", "--silence", "ffn_input=0.5"]
+    command += ["--bits", "4", "--bits", "head=8", "--rounding", "nearest"]
     assert main(command) == 0
     assert "ffn_input 5" in capsys.readouterr().out
     manifest = checkpoint.load(tmp_path / "out").manifest
     assert manifest is not None
     assert manifest["calibration_tokens"] == 1024
+    assert {name for name, bits in manifest["bits"].items() if bits == 8} == {"head"}
     assert main(command) == 0, "an older conversion is replaced"
 
 
@@ -39,6 +41,9 @@ def test_converts_a_run(
         (["{model}", "{tmp}/out", "--silence", "ffn_inputs=0.1"], "did you mean 'ffn_input'"),
         (["{model}", "{tmp}/out", "--calibration-tokens", "3"], "allowed: 512 or more"),
         (["{model}", "{tmp}/out", "--group-size", "0"], "allowed: 1 or more"),
+        (["{model}", "{tmp}/out", "--bits", "ffn_input"], "takes BITS or CLASS=BITS"),
+        (["{model}", "{tmp}/out", "--bits", "=4"], "takes BITS or CLASS=BITS"),
+        (["{model}", "{tmp}/out", "--bits", "3"], "bits 3 given; allowed: 4, 8"),
         (["{model}", "{tmp}/out", "--data", "{tmp}/none.txt"], "no such file"),
     ],
 )

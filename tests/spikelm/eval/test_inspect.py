@@ -24,7 +24,7 @@ TEXT = ["Return the absolute value of x, as fabs() does for floats.", "Another d
 
 def test_spike_coded_model_tells_its_manifest(coded_folder: Path) -> None:
     manifest = json.loads((coded_folder / checkpoint.MANIFEST).read_text())
-    report = inspect(coded_folder)
+    report = inspect(coded_folder, backend="embedding_bag_int8")
     assert report["silence_measured_on"] == "calibration text, 192 tokens"
     assert (report["kind"], report["backend"]) == ("spike-coded", "embedding_bag_int8")
     entries = {entry["name"]: entry for entry in manifest["neurons"]}
@@ -40,7 +40,7 @@ def test_spike_coded_model_tells_its_manifest(coded_folder: Path) -> None:
 
 
 def test_bytes_read_add_up(coded_folder: Path) -> None:
-    report = inspect(coded_folder)
+    report = inspect(coded_folder, backend="embedding_bag_int8")
     weights = [(row["weights"], row) for row in report["populations"] if row["weights"]]
     for found, row in weights:
         out_features, in_features = found["shape"]

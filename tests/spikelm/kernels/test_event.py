@@ -50,6 +50,16 @@ def test_sums_beyond_float32_stay_exact(backend: str, R: int) -> None:
     assert out[0].tolist() == [4001 * 127 * 127] * 3
 
 
+def test_native_is_the_first_choice_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert event.BACKENDS[0] == "native"
+    monkeypatch.setenv("SPIKELM_NATIVE", "0")
+    assert event.resolve("auto") != "native"
+    with pytest.raises(BackendError, match="switched off by SPIKELM_NATIVE=0"):
+        event.resolve("native")
+    monkeypatch.delenv("SPIKELM_NATIVE")
+    assert event.resolve("auto", "cuda") == "matmul"
+
+
 def test_auto_takes_the_first_that_runs() -> None:
     assert event.resolve("auto") == HERE[0]
 

@@ -7,8 +7,19 @@ import torch
 from torch import nn
 
 from spikelm import checkpoint
-from spikelm.models.coded import CodedLinear, projections, quantise
+from spikelm.eval.traffic import weight_traffic
+from spikelm.kernels import event
+from spikelm.models.coded import (
+    CodedLinear,
+    coding,
+    pack_nibbles,
+    projections,
+    quantise,
+    unpack_nibbles,
+    use_coded_linears,
+)
 from spikelm.models.spikelm import LanguageModel
+from spikelm.neurons import Spikes
 
 
 @pytest.mark.parametrize("group", [1, 4, 7])
@@ -22,6 +33,73 @@ def test_quantise(group: int) -> None:
     linear.weight, linear.scale = integers, scale
     largest = scale.repeat_interleave(group)[:10]
     assert ((linear.dequantised() - weight).abs() <= largest[:, None] * 0.5001).all()
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_quantise_to_four_bits(group: int) -> None:
+    weight = torch.randn(10, 60) * torch.rand(10, 1)
+    integers, scale = quantise(weight, group, 4)
+    assert integers.shape == (60, 10)
+    assert scale.shape == (-(-10 // group),)
+    assert integers.min() == -8
+    assert integers.max() == 7
+    linear = CodedLinear(60, 10, group, 4)
+    linear.fill(integers, scale)
+    largest = torch.stack([rows.abs().max() for rows in weight.split(group)])
+    clampless = (largest / 7).repeat_interleave(group)[:10, None]
+    error = (linear.dequantised() - weight).square().sum()
+    assert error < 0.85 * (torch.round(weight / clampless) * clampless - weight).square().sum()
+
+
+def test_the_largest_weight_has_the_longer_side() -> None:
+    for sign in (1.0, -1.0):
+        weight = sign * torch.tensor([[8.0, -7.0, 3.0, 0.0]])
+        integers, scale = quantise(weight, 1, 4)
+        assert torch.equal(integers * scale, weight.T)
+        assert integers[:2].tolist() == [[-8], [7]]
+    integers, _ = quantise(torch.zeros(3, 4), 1, 4)
+    assert not integers.any()
+
+
+@pytest.mark.parametrize("outputs", [1, 6, 7])
+def test_nibbles(outputs: int) -> None:
+    integers = torch.randint(-8, 8, (5, outputs), dtype=torch.int8)
+    packed = pack_nibbles(integers)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (5, -(-outputs // 2)))
+    assert torch.equal(unpack_nibbles(packed, outputs), integers)
+    assert packed[0, 0] & 15 == integers[0, 0] + 8
+
+
+@pytest.mark.parametrize("outputs", [6, 7])
+def test_four_bit_products(outputs: int) -> None:
+    """Every backend, and the packed weights themselves, give the products of the integers."""
+    integers = torch.randint(-8, 8, (16, outputs), dtype=torch.int8)
+    counts = torch.randint(-127, 128, (1, 2, 16)) * (torch.rand(1, 2, 16) < 0.4)
+    spikes = Spikes(counts.float(), counts.to(torch.int8), torch.ones(1, 2, 1))
+    runs = [name for name, obstacle in event.available() if obstacle is None]
+    for backend in [None, *runs]:
+        linear = CodedLinear(16, outputs, 1, 4)
+        linear.fill(integers, torch.full((outputs,), 0.5))
+        if backend is not None:
+            linear.pack(backend)
+        assert torch.equal(linear(spikes), 0.5 * (counts.float() @ integers.float())), backend
+
+
+def test_bits_of_each_projection(coded_folder: Path) -> None:
+    """Rows have half the bytes as long as they are packed; torch's backends unpack them."""
+    config = checkpoint.load(coded_folder).model.config
+    model = LanguageModel(config)
+    use_coded_linears(model, 1, {"head": 4, "layers.0.ffn.input": 4})
+    bits = coding(model)["bits"]
+    assert [name for name, own in bits.items() if own == 4] == ["layers.0.ffn.input", "head"]
+    assert len(bits) == len(projections(model))
+    head = weight_traffic(model).matrices["head"]
+    assert (head.bits, head.row_bytes, head.out_features) == (4, 129, 257)
+    for projection in projections(model):
+        assert isinstance(projection.linear, CodedLinear)
+        projection.linear.pack("matmul")
+    head = weight_traffic(model).matrices["head"]
+    assert (head.bits, head.row_bytes) == (4, 257)
 
 
 def dequantised(folder: Path) -> LanguageModel:

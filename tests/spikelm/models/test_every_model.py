@@ -32,6 +32,7 @@ from spikelm.config import (
 from spikelm.conversion.convert import convert
 from spikelm.eval.inspect import inspect
 from spikelm.generate import Engine, prompt_ids, stream_text
+from spikelm.kernels import native
 from spikelm.models.spikelm import LanguageModel
 from spikelm.sampling import SamplingParams
 from spikelm.state import State
@@ -381,6 +382,57 @@ def test_spike_coded_backends_and_batches_agree_to_the_bit(
         torch.testing.assert_close(together[1:2], alone)
         results.append(together)
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="no native library")
+def test_native_decoding_is_the_models_own_step(config: ModelConfig, tmp_path: Path) -> None:
+    """Against torch over many tokens, alone and in a batch, in place and not."""
+    checkpoint.save(tmp_path / "float", build(config, torch.float32), Tokenizer.bytes())
+    convert(tmp_path / "float", tmp_path / "coded", tokens(2, 32))
+    engine = Engine(checkpoint.load(tmp_path / "coded", backend="native"))
+    assert engine.native_obstacle == (
+        "there is no native form of head-QK" if config.head_qk_dim else None
+    )
+    with torch.inference_mode():
+        _, state = engine.model(tokens(3, 21))
+    alone, flips = state.take([1]), 0
+    for token in tokens(3, 24, seed=5).T:
+        before = state.clone()
+        with torch.inference_mode():
+            wanted, expected = engine.model(token[:, None], before)
+        logits, after = engine.step(token, state)
+        assert_same_bits(before, state)
+        single, alone = engine.step(token[1:2], alone, in_place=True)
+        assert torch.equal(single, logits[1:2])
+        # Sums of another order may round a count to the next integer.
+        same = torch.isclose(logits, wanted[:, -1, : logits.shape[1]], rtol=1e-3, atol=1e-3).all(1)
+        flips += int((~same).sum())
+        if same.all():
+            assert_near(after, expected)
+        state = after
+    assert flips <= 2
+    assert_same_bits(state.take([1]), alone)
+
+
+def assert_near(a: State, b: State) -> None:
+    assert torch.equal(a.position, b.position)
+    for x, y in zip(a.layers, b.layers, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            n = min(x[name].shape[1], y[name].shape[1])
+            left, right = x[name][:, :n].float(), y[name][:, :n].float()
+            if x[name].dtype == torch.int8:  # codes, then the bytes of their scale
+                assert not ((left - right)[..., :-4].abs() > 1).any(), name
+            else:
+                torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def assert_same_bits(a: State, b: State) -> None:
+    assert torch.equal(a.position, b.position)
+    for x, y in zip(a.layers, b.layers, strict=True):
+        for name in x:
+            n = min(x[name].shape[1], y[name].shape[1])
+            assert torch.equal(x[name][:, :n], y[name][:, :n]), name
 
 
 def test_training_lowers_the_loss(config: ModelConfig) -> None:

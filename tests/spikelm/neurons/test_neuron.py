@@ -123,7 +123,7 @@ def test_a_learned_tau_stays_at_least_1_and_a_learned_threshold_above_0() -> Non
         with torch.no_grad():
             for parameter in neuron.parameters():
                 parameter.fill_(value)
-        tau, v_threshold, _ = neuron._learned(torch.float32)
+        tau, v_threshold, _ = neuron.constants(torch.empty(0, dtype=torch.float32))
         assert (tau >= 1).all()
         assert (v_threshold > 0).all()
         assert torch.isfinite(neuron(x, neuron.zero_state(1, x))[0].values).all()

@@ -1,0 +1,55 @@
+// Integer matrices whose rows are read only where a neuron fired: int8 or int4 weights times int8
+// spike counts, exact in int32.
+//
+// Layout. Weights are unsigned (w + 128, or w + 8 with two in a byte) and input-major in panels of
+// at most 4096 bytes: [panel][input][bytes], the last panel as narrow as 64-byte blocks allow. The
+// bytes an active input reads lie together, as many as a page has. Threads own tiles, which are
+// outputs side by side in a panel, so nothing is summed between threads. In a block of 64 bytes the
+// weights are in the order in which interleaving the bytes of four rows, 128 bits at a time, sorts
+// them again; an int4 block holds outputs 0..63 in the low and 64..127 in the high halves of bytes.
+#pragma once
+
+#include <cstdint>
+
+struct Matrix {
+    std::int64_t inputs, outputs;
+    int bits;
+    std::int64_t tile, tiles;  // outputs per tile (the last may have fewer), number of tiles
+    std::uint8_t* data;
+    std::int64_t bytes;  // inputs times the bytes of a row
+};
+
+// The sums would overflow int32 beyond it: 127 * 128 * 2^17 > 2^31 > 127 * 128 * MAX_INPUTS.
+constexpr std::int64_t MAX_INPUTS = 132104;
+
+// Instruction sets in rising order; `isa` is the one in use, the best of the machine's unless
+// SPIKELM_ISA (scalar, avx2, avx512) names another, and UNKNOWN if that cannot run here.
+enum Isa { UNKNOWN = -1, SCALAR, AVX2, AVX512 };
+Isa isa();
+bool set_isa(Isa wanted);  // false, and nothing changes, if the machine lacks it
+
+// weights [inputs, outputs] row-major; 4-bit ones are -8..7. Null for sizes or bits out of range,
+// if memory is short, and if SPIKELM_ISA cannot run here.
+Matrix* matrix_new(std::int64_t inputs, std::int64_t outputs, int bits, const std::int8_t* weights);
+void matrix_free(Matrix* matrix);
+
+// The weights as they were given to matrix_new: outputs of tiles [tile_begin, tile_end).
+void matrix_unpack(const Matrix& matrix, std::int64_t tile_begin, std::int64_t tile_end,
+                   std::int8_t* weights);
+
+// The active of n inputs and their counts, padded to a multiple of 4 with counts of 0 (the arrays
+// have room for n + 4). Returns how many fired.
+std::int64_t list_events(const std::int8_t* counts, std::int64_t n, std::int32_t* index,
+                         std::int8_t* value);
+
+// out [outputs] int32 = counts x weights for the outputs of tiles [tile_begin, tile_end), counts
+// in -127..127. The event form reads the rows in the list, the dense form all of them in order;
+// `product` takes the one that is faster for so many events.
+void event_product(const Matrix& matrix, const std::int32_t* index, const std::int8_t* value,
+                   std::int64_t events, std::int64_t tile_begin, std::int64_t tile_end,
+                   std::int32_t* out);
+void dense_product(const Matrix& matrix, const std::int8_t* counts, std::int64_t tile_begin,
+                   std::int64_t tile_end, std::int32_t* out);
+void product(const Matrix& matrix, const std::int8_t* counts, const std::int32_t* index,
+             const std::int8_t* value, std::int64_t events, std::int64_t tile_begin,
+             std::int64_t tile_end, std::int32_t* out);

@@ -1,0 +1,40 @@
+// What an instruction set provides to native/matrix.cpp.
+#pragma once
+
+#include "common.h"
+#include "matrix.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HAS_X86_STEPS 1
+#else
+#define HAS_X86_STEPS 0
+#endif
+
+// Some quads of rows (four inputs each) times one strip of a tile.
+struct Step {
+    const std::uint8_t* rows;   // the strip of input 0
+    std::int64_t stride;        // bytes from one input to the next
+    const std::int32_t* index;  // four inputs a quad; null: the inputs 0, 1, 2, ...
+    const std::int8_t* value;   // their counts
+    std::int64_t quads;
+    const std::uint8_t* next_rows;  // the strip and the quads that come after this step: their
+    const std::int32_t* next_index; // lines are fetched while this one computes
+    std::int64_t next_quads;
+    std::int32_t* sums;  // [outputs of the strip], added to
+};
+
+// What the stored weights' offset, and whatever else depends on the counts alone, adds to a sum.
+using Correction = std::int32_t (*)(const std::int8_t* value, std::int64_t n);
+
+struct Steps {
+    void (*strip[2][4])(const Step&);  // by bits (8, 4) and 64-byte blocks, less one
+    int blocks[2];                     // the most blocks a strip may have
+    Correction correction[2];
+    std::int64_t (*list)(const std::int8_t*, std::int64_t, std::int32_t*, std::int8_t*);
+    double break_even[2];  // share of active inputs above which the dense form is faster
+};
+
+extern const Steps scalar_steps;
+#if HAS_X86_STEPS
+extern const Steps avx2_steps, avx512_steps;
+#endif

@@ -1,0 +1,227 @@
+"""The list of operations that `native/decode.cpp` runs for a token, and the running of it.
+
+Vectors of a row lie in an arena of floats at offsets, spike lists are numbered, and what a sequence
+remembers is reached by the layer and the name it has in `State`. Operations between two barriers
+do not depend on each other, so threads share them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import functools
+import weakref
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spikelm.errors import SpikelmError
+from spikelm.kernels import native
+from spikelm.state import State
+
+ALIGNMENT = 16
+"""Floats of one cache line."""
+
+MIN_ROOM = 64
+"""Tokens that a growing cache has room for at first; it doubles when it is full."""
+
+
+class Code(enum.IntEnum):
+    """As in native/decode.cpp, where each is described."""
+
+    EMBED = 0
+    NORM = 1
+    SPIKE = 2
+    MATVEC = 3
+    KEEP = 4
+    CONV = 5
+    DELTA = 6
+    RWKV7 = 7
+    WINDOW = 8
+    GATED_ADD = 9
+    ADD_SPIKES = 10
+    WKV4 = 11
+    GLA = 12
+    MEAN = 13
+    ROUTE = 14
+    ADD_EXPERTS = 15
+
+
+class _Op(ctypes.Structure):
+    _fields_: ClassVar[Any] = [
+        ("code", c_int32),
+        ("wave", c_int32),
+        ("list", c_int32),
+        ("when", c_int32),
+        ("size", c_int32 * 10),
+        ("at", c_int32 * 10),
+        ("state", c_int32 * 4),
+        ("number", c_float * 8),
+        ("data", c_void_p * 9),
+    ]
+
+
+class Program:
+    """Built operation by operation, then `finish`ed and run."""
+
+    def __init__(self) -> None:
+        self.used = 0
+        """Floats of the arena in use: set it back to use them again."""
+        self.when = -1
+        """Operations are done where this float of the arena is not 0; -1: always."""
+        self._ops: list[_Op] = []
+        self._names: list[str] = []
+        self._wave = 0
+        self._arena = 0
+        self._lists: list[int] = []
+        self._states: dict[tuple[int, str], int] = {}
+        self._growing: list[tuple[int, str]] = []
+        self._alive: list[object] = []
+        self._handle: int | None = None
+        self._logits = (0, 0)
+
+    def vector(self, size: int) -> int:
+        """Room for `size` floats."""
+        at = self.used
+        self.used += -(-size // ALIGNMENT) * ALIGNMENT
+        self._arena = max(self._arena, self.used)
+        return at
+
+    def list(self, size: int, *, counted: bool = True) -> int:
+        """A new list of the spikes of `size` neurons; `counted` among those that enter matrices."""
+        self._lists.append(size if counted else -size)
+        return len(self._lists) - 1
+
+    def state(self, layer: int, name: str, *, grows: bool = False) -> int:
+        """The slot of a state tensor; if it `grows`, axis 1 has room for one entry per token."""
+        if grows:
+            self._growing.append((layer, name))
+        return self._states.setdefault((layer, name), len(self._states))
+
+    def barrier(self) -> None:
+        """What follows may read what came before."""
+        self._wave += 1
+
+    def emit(
+        self,
+        code: Code,
+        name: str,
+        *,
+        size: Sequence[int] = (),
+        at: Sequence[int | None] = (),
+        state: Sequence[int | None] = (),
+        number: Sequence[float] = (),
+        data: Sequence[Tensor | int | None] = (),
+        spikes: int = -1,
+    ) -> None:
+        """Appends an operation; `name` is the module's, for errors. Tensors are kept alive."""
+        op = _Op(code=code, wave=self._wave, list=spikes, when=self.when)
+        op.size[: len(size)] = list(size)
+        for field, given in ((op.at, at), (op.state, state)):
+            field[:] = [-1] * len(field)
+            field[: len(given)] = [-1 if entry is None else entry for entry in given]
+        op.number[: len(number)] = list(number)
+        op.data[: len(data)] = [self._address(entry) for entry in data]
+        self._ops.append(op)
+        self._names.append(name)
+
+    def finish(self, logits: int, num_logits: int) -> None:
+        """Ends the list; the logits are the vector at `logits`."""
+        ops = (_Op * len(self._ops))(*self._ops)
+        lists = (c_int32 * len(self._lists))(*self._lists)
+        self._logits = (logits, num_logits)
+        library = _library()
+        self._handle = library.spikelm_program_new(
+            ops, len(ops), self._arena, lists, len(self._lists)
+        )
+        weakref.finalize(self, library.spikelm_program_free, self._handle)
+
+    def run(self, tokens: Tensor, state: State) -> tuple[Tensor, int, int]:
+        """One token for each of B sequences: int64 [B]. `state` is changed in place.
+
+        Returns logits float32 [B, N], and how many of how many entries that entered projections
+        were silent. Raises: SpikelmError naming the neurons whose input is not finite.
+        """
+        self._prepare(state)
+        B = tokens.shape[0]
+        start, size = self._logits
+        logits = torch.empty(B, size)
+        rows = [self._rows(state.layers[layer][name]) for layer, name in self._states]
+        addresses = (c_void_p * (B * len(rows)))(
+            *(first + b * stride for b in range(B) for first, stride in rows)
+        )
+        slots = (c_int64 * len(rows))(
+            *(state.layers[layer][name].shape[1] for layer, name in self._states)
+        )
+        counters = (c_int64 * 2)()
+        tokens = tokens.contiguous()
+        broken = _library().spikelm_program_run(
+            self._handle,
+            B,
+            tokens.data_ptr(),
+            state.position.data_ptr(),
+            addresses,
+            slots,
+            len(rows),
+            start,
+            size,
+            logits.data_ptr(),
+            counters,
+            torch.get_num_threads(),
+        )
+        if broken >= 0:
+            raise SpikelmError(
+                f"{self._names[broken]} got numbers that are not finite; the weights or the state "
+                "are broken"
+            )
+        state.position.add_(1)
+        return logits, counters[0], counters[1]
+
+    def _prepare(self, state: State) -> None:
+        """Makes tensors contiguous, and growing ones long enough."""
+        for layer, name in self._states:
+            tensor = state.layers[layer][name]
+            if not tensor.is_contiguous():
+                state.layers[layer][name] = tensor.contiguous()
+        needed = int(state.position.max()) + 1 if self._growing else 0
+        for layer, name in self._growing:
+            tensor = state.layers[layer][name]
+            more = max(MIN_ROOM, 2 * needed) - tensor.shape[1]
+            if tensor.shape[1] < needed:
+                state.layers[layer][name] = F.pad(tensor, (0, 0, 0, 0, 0, more))
+
+    def _address(self, entry: Tensor | int | None) -> int | None:
+        if isinstance(entry, Tensor):
+            assert entry.is_contiguous()
+            self._alive.append(entry)
+            return entry.data_ptr()
+        return entry
+
+    @staticmethod
+    def _rows(tensor: Tensor) -> tuple[int, int]:
+        """The address of the first row and the distance to the next."""
+        assert tensor.dtype in (torch.float32, torch.int8)
+        assert tensor.is_contiguous()
+        return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+
+
+@functools.cache
+def _library() -> Any:
+    library = native.library()
+    signatures: list[tuple[Any, ...]] = [
+        ("spikelm_program_new", c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64),
+        ("spikelm_program_free", None, c_void_p),
+        (
+            "spikelm_program_run",
+            *(c_int64, c_void_p, c_int64, *[c_void_p] * 4),
+            *(c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int),
+        ),
+    ]
+    for name, result, *arguments in signatures:
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library

@@ -1,0 +1,115 @@
+"""spikelm.decoder: what test_every_model.py does not ask of every model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikelm import checkpoint
+from spikelm.config import ModelConfig
+from spikelm.conversion.convert import convert
+from spikelm.decoder import native_program
+from spikelm.decoder.program import MIN_ROOM
+from spikelm.errors import SpikelmError
+from spikelm.generate import Engine
+from spikelm.kernels import rows
+from spikelm.models.spikelm import LanguageModel
+from spikelm.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.skipif(rows.unavailable() is not None, reason="no native matrices")
+
+
+@pytest.fixture(scope="module")
+def engine(coded_folder: Path) -> Engine:
+    return Engine(checkpoint.load(coded_folder, backend="native"))
+
+
+def test_a_number_that_is_not_finite_is_an_error_that_names_the_neurons(engine: Engine) -> None:
+    for broken in (torch.nan, torch.inf):
+        state = engine.prefill([1, 2, 3])[1].clone()
+        state.layers[1]["ffn.shift"][0, 0, 5] = broken
+        with pytest.raises(SpikelmError, match=r"layers.1.ffn.input got numbers that are not fin"):
+            engine.step(torch.tensor([4]), state)
+    _, state = engine.prefill([1, 2, 3])
+    logits, _ = engine.step(torch.tensor([4]), state)
+    assert logits.isfinite().all(), "the program goes on with other states"
+
+
+def test_threads_do_not_change_a_bit(engine: Engine) -> None:
+    _, state = engine.prefill(list(range(20)))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            logits, after = engine.step(torch.tensor([7]), state)
+            found.append([logits, *(t for layer in after.layers for t in layer.values())])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_in_place_is_the_same_in_the_states_own_memory(engine: Engine) -> None:
+    _, state = engine.prefill([1, 2, 3])
+    expected, after = engine.step(torch.tensor([4]), state)
+    addresses = [t.data_ptr() for layer in state.layers for t in layer.values()]
+    logits, same = engine.step(torch.tensor([4]), state, in_place=True)
+    assert same is state
+    assert torch.equal(logits, expected)
+    assert addresses == [t.data_ptr() for layer in state.layers for t in layer.values()]
+    for x, y in zip(after.layers, state.layers, strict=True):
+        assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_caches_that_grow_are_given_room_ahead(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    model = LanguageModel(tiny_config(mixers=("full", "delta"))).initialise(0)
+    checkpoint.save(tmp_path / "float", model, Tokenizer.bytes())
+    convert(tmp_path / "float", tmp_path / "coded", torch.arange(96).view(2, 48))
+    engine = Engine(checkpoint.load(tmp_path / "coded", backend="native"))
+    _, state = engine.prefill([1, 2, 3])
+    sizes = []
+    for token in range(2 * MIN_ROOM):
+        _, state = engine.step(torch.tensor([token % 250]), state, in_place=True)
+        sizes.append(state.layers[0]["mixer.k"].shape[1])
+    second = 2 * (MIN_ROOM + 1)
+    assert sorted(set(sizes)) == [MIN_ROOM, second, 2 * (second + 1)]
+    with torch.inference_mode():
+        ids = torch.tensor([[1, 2, 3, *(t % 250 for t in range(2 * MIN_ROOM))]])
+        _, whole = engine.model(ids)
+    kept = state.layers[0]["mixer.k"][:, : ids.shape[1]]
+    torch.testing.assert_close(kept, whole.layers[0]["mixer.k"], rtol=1e-3, atol=1e-3)
+
+
+def test_why_a_model_decodes_in_torch(float_folder: Path, coded_folder: Path) -> None:
+    for folder, backend, reason in (
+        (float_folder, "auto", "its weights are floats"),
+        (coded_folder, "matmul", "its products run in matmul"),
+    ):
+        model = checkpoint.load(folder, backend=backend).model
+        assert native_program(model) == (None, reason)
+
+
+def test_nothing_is_left_behind(engine: Engine) -> None:
+    """Many steps, and many programs, without more memory."""
+    from spikelm.eval.process import memory_bytes
+
+    _, state = engine.prefill([1, 2, 3])
+
+    def steps(count: int) -> int:
+        for token in range(count):
+            engine.step(torch.tensor([token % 250]), state, in_place=True)
+        return memory_bytes("VmRSS")
+
+    first = steps(500)
+    assert steps(3000) < first + 2**20
+    for _ in range(20):
+        native_program(engine.model)
+    before = memory_bytes("VmRSS")
+    for _ in range(200):
+        native_program(engine.model)
+    assert memory_bytes("VmRSS") < before + 2**22

@@ -1,0 +1,137 @@
+"""spikelm.eval.decode"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spikelm.config import ModelConfig, load_model_config, save_yaml
+from spikelm.errors import BackendError, ConfigError
+from spikelm.eval import decode as module
+from spikelm.eval.cli import main_bench
+from spikelm.eval.decode import OurReader, bench_decode, parse_silence
+from spikelm.eval.peers import InProcess, Reader, Seconds
+from spikelm.kernels import rows
+
+pytestmark = pytest.mark.skipif(rows.unavailable() is not None, reason="no native matrices")
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelConfig:
+    """Three layers of an RWKV-7."""
+    config = load_model_config("rwkv7-0.1b")
+    return dataclasses.replace(
+        config,
+        vocab_size=300,
+        width=128,
+        mixers=config.mixers[:3],
+        ffn=dataclasses.replace(config.ffn, hidden_dim=512),
+    )
+
+
+@pytest.fixture
+def preset(shape: ModelConfig, tmp_path: Path) -> str:
+    save_yaml(shape, tmp_path / "tiny.yaml")
+    return str(tmp_path / "tiny.yaml")
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contestants in this process."""
+
+    def spawned(name: str, build: Callable[..., Reader], *arguments: Any) -> InProcess:
+        return InProcess(name, build(*arguments))
+
+    monkeypatch.setattr(module, "Spawned", spawned)
+
+
+@pytest.mark.parametrize(("silence", "hidden", "bits"), [(0.8, 0.8, 8), (0.5, 0.85, 4)])
+def test_silence_is_what_was_asked_for(
+    shape: ModelConfig, silence: float, hidden: float, bits: int
+) -> None:
+    reader = OurReader(shape, silence, hidden, bits, 1)
+    reader.hold(7)
+    reader.read(20)
+    assert reader.state.position.item() == 27
+    facts = reader.facts()
+    # The bottlenecks of gates, which all fire, are 7 % of the entries here.
+    low, high = min(silence, hidden), max(silence, hidden)
+    assert low - 0.15 < facts["silent_fraction"] < high + 0.05
+    assert 0 < facts["bytes_per_token"] < facts["weight_bytes"]
+    assert {m.bits for n, m in reader.traffic.matrices.items() if n != "head"} == {bits}
+    assert reader.traffic.matrices["head"].bits == 8
+
+
+def test_dense_fires(shape: ModelConfig) -> None:
+    reader = OurReader(shape, 0.0, 0.0, 8, 1)
+    reader.hold(0)
+    reader.read(10)
+    # Squared ReLU silences half of the hidden vector whatever the threshold.
+    assert reader.facts()["silent_fraction"] < 0.3
+
+
+@pytest.mark.usefixtures("here")
+def test_rounds_and_ratios(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = {"spikelm": [1.0, 2.0, 4.0], "dense": [3.0, 4.0, 4.0]}
+    turns = []
+
+    def timed(self: InProcess, position: int, n: int) -> list[Seconds]:
+        wall = script[self.name][sum(name == self.name for name in turns)]
+        turns.append(self.name)
+        assert (position, n) == (9, 5)
+        return [Seconds(wall, 2 * wall)] * n
+
+    monkeypatch.setattr(InProcess, "decode_at", timed)
+    report = bench_decode(preset, rounds=3, tokens=5, position=9)
+    assert turns == 3 * ["spikelm", "dense"]
+    ours, dense = report["contestants"]
+    assert (ours["name"], ours["ms_per_token"], ours["cpu_ms_per_token"]) == ("spikelm", 2e3, 4e3)
+    assert (dense["name"], dense["ms_per_token"]) == ("dense", 4e3)
+    assert ours["bytes_per_token"] < dense["bytes_per_token"] <= dense["weight_bytes"]
+    assert report["ratios"]["dense"]["wall"] == {"median": 2.0, "lowest": 1.0, "highest": 3.0}
+
+
+@pytest.mark.usefixtures("here")
+def test_command(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--rounds", "1", "--tokens", "2", "--silence", "0.5,0.9"]
+    assert main_bench(["decode", preset, *small, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["silence_asked_for"] == {"inputs": 0.5, "ffn_hidden": 0.9}
+    assert main_bench(["decode", preset, *small]) == 0
+    assert "over ours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"silence": 1.0}, "silence: 1.0 given; allowed: 0 <= silence < 1"),
+        ({"hidden_silence": -0.1}, "hidden silence: -0.1 given"),
+        ({"bits": 3}, "bits: 3 given; allowed: 8, 4"),
+        ({"threads": 0}, "threads: 0 given"),
+        ({"rounds": 0}, "rounds: 0 given"),
+        ({"position": -1}, "position: -1 given; allowed: an integer >= 0"),
+        ({"against": ["vllm"]}, "against: 'vllm' given"),
+        ({"preset": "rwkv7"}, "no such file or preset"),
+    ],
+)
+def test_bad_input(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        bench_decode(**({"preset": "rwkv7-0.1b"} | options))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["x", "0.5,0.6,0.7", ""])
+def test_bad_silence(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"one number like 0.8 or two"):
+        parse_silence(text)
+
+
+def test_what_does_not_decode_natively_is_said(shape: ModelConfig) -> None:
+    config = dataclasses.replace(shape, head_qk_dim=8)
+    with pytest.raises(BackendError, match="does not decode natively: there is no native form of"):
+        OurReader(config, 0.5, 0.5, 8, 1)
