@@ -14,8 +14,8 @@
 #include "matrix.h"
 #include "pool.h"
 
-extern "C" void spikelm_lif_forward_f32(std::int64_t, std::int64_t, std::int64_t, const float*, float*,
-                                        const float*, const float*, const float*,
+extern "C" void spikelm_lif_forward_f32(std::int64_t, std::int64_t, std::int64_t, const float*,
+                                        float*, const float*, const float*, const float*,
                                         const std::uint8_t*, int, float*, float*);
 extern "C" void spikelm_wkv4_forward_f32(std::int64_t, std::int64_t, std::int64_t, const float*,
                                          const float*, const float*, const float*, float*, float*,
@@ -25,8 +25,22 @@ namespace {
 
 // In the order of `Code` in program.py.
 enum Code : std::int32_t {
-    EMBED, NORM, SPIKE, MATVEC, KEEP, CONV, DELTA, RWKV7, WINDOW, GATED_ADD, ADD_SPIKES, WKV4, GLA,
-    MEAN, ROUTE, ADD_EXPERTS
+    EMBED,
+    NORM,
+    SPIKE,
+    MATVEC,
+    KEEP,
+    CONV,
+    DELTA,
+    RWKV7,
+    WINDOW,
+    GATED_ADD,
+    ADD_SPIKES,
+    WKV4,
+    GLA,
+    MEAN,
+    ROUTE,
+    ADD_EXPERTS
 };
 
 // The meaning of the fields is each operation's own; program.py fills them by name.
@@ -73,19 +87,24 @@ constexpr int LANES = 16;
 template <typename F>
 INLINE float summed(std::int64_t n, F term) {
     float lanes[LANES] = {};
-    std::int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int l = 0; l < LANES; l++) lanes[l] += term(i + l);
-    for (int l = 0; i < n; i++, l++) lanes[l] += term(i);
+    const std::int64_t whole = n / LANES * LANES;
+    for (std::int64_t i = 0; i < whole; i += LANES)
+        for (int l = 0; l < LANES; l++)
+            lanes[l] += term(i + l);
+    for (std::int64_t i = whole; i < n; i++)
+        lanes[i - whole] += term(i);
     for (int width = LANES / 2; width; width /= 2)
-        for (int l = 0; l < width; l++) lanes[l] += lanes[l + width];
+        for (int l = 0; l < width; l++)
+            lanes[l] += lanes[l + width];
     return lanes[0];
 }
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 template <typename T>
-INLINE const T* data(const Op& op, int i) { return static_cast<const T*>(op.data[i]); }
+INLINE const T* data(const Op& op, int i) {
+    return static_cast<const T*>(op.data[i]);
+}
 
 INLINE float* vector(const Op& op, Row& row, int i) {
     return op.at[i] < 0 ? nullptr : row.arena.data() + op.at[i];
@@ -104,15 +123,18 @@ INLINE void normalise(float* out, const float* x, std::int64_t n, float eps, con
                       const float* bias) {
     if (bias) {
         const float mean = summed(n, [&](std::int64_t i) { return x[i]; }) / n;
-        const float variance = summed(n, [&](std::int64_t i) { return (x[i] - mean) * (x[i] - mean); }) / n;
+        const float variance =
+            summed(n, [&](std::int64_t i) { return (x[i] - mean) * (x[i] - mean); }) / n;
         const float scale = 1.0f / std::sqrt(variance + eps);
         CHANNELS
-        for (std::int64_t i = 0; i < n; i++) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+        for (std::int64_t i = 0; i < n; i++)
+            out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
     } else {
         const float square = summed(n, [&](std::int64_t i) { return x[i] * x[i]; }) / n;
         const float scale = 1.0f / std::sqrt(square + eps);
         CHANNELS
-        for (std::int64_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+        for (std::int64_t i = 0; i < n; i++)
+            out[i] = x[i] * scale * weight[i];
     }
 }
 
@@ -122,7 +144,8 @@ CLONES void norm(const Op& op, Row& row) {
 }
 
 // The adaptive integer neuron, or with `step` > 0 the one of fixed scale, as in
-// neurons/integer.py. Returns v_threshold; its sign bit or NaN tells of an input that is not finite.
+// neurons/integer.py. Returns v_threshold; its sign bit or NaN tells of an input that is not
+// finite.
 INLINE float count(const float* x, std::int64_t n, float k, float step, const float* dead_zone,
                    float low, float high, std::int8_t* counts) {
     const float mean = summed(n, [&](std::int64_t i) { return std::fabs(x[i]); }) / n;
@@ -157,7 +180,8 @@ INLINE const float* threshold(const Op& op, Row& row, const float* x, std::int64
                                 op.size[5], fired, nullptr);
     } else {
         CHANNELS
-        for (std::int64_t i = 0; i < n; i++) fired[i] = x[i] - at[i] >= 0 ? 1.0f : 0.0f;
+        for (std::int64_t i = 0; i < n; i++)
+            fired[i] = x[i] - at[i] >= 0 ? 1.0f : 0.0f;
     }
     return fired;
 }
@@ -165,8 +189,8 @@ INLINE const float* threshold(const Op& op, Row& row, const float* x, std::int64
 enum Neuron : std::int32_t { INTEGER, LIF, STEP };
 
 // size: n, activation, unsigned, max_count, neuron, hard reset; at: x, scratch, scratch of a LIF
-// neuron; state: the previous token's input, the membrane; number: k, step; data: dead zone, share of
-// the previous token, tau and threshold.
+// neuron; state: the previous token's input, the membrane; number: k, step; data: dead zone, share
+// of the previous token, tau and threshold.
 CLONES bool spike(const Op& op, Row& row) {
     const std::int64_t n = op.size[0];
     const float* x = vector(op, row, 0);
@@ -174,36 +198,44 @@ CLONES bool spike(const Op& op, Row& row) {
     if (op.state[0] >= 0) {
         const float *before = remembered(op, row, 0), *share = data<float>(op, 1);
         CHANNELS
-        for (std::int64_t i = 0; i < n; i++) y[i] = x[i] + (before[i] - x[i]) * share[i];
+        for (std::int64_t i = 0; i < n; i++)
+            y[i] = x[i] + (before[i] - x[i]) * share[i];
         x = y;
     } else if (op.size[1] == SQUARED_RELU) {
         CHANNELS
-        for (std::int64_t i = 0; i < n; i++) y[i] = x[i] > 0 ? x[i] * x[i] : 0.0f;
+        for (std::int64_t i = 0; i < n; i++)
+            y[i] = x[i] > 0 ? x[i] * x[i] : 0.0f;
         x = y;
     } else if (op.size[1] == SWIGLU) {
         CHANNELS
-        for (std::int64_t i = 0; i < n; i++) y[i] = x[i] * sigmoid(x[i]) * x[n + i];
+        for (std::int64_t i = 0; i < n; i++)
+            y[i] = x[i] * sigmoid(x[i]) * x[n + i];
         x = y;
     } else if (op.size[1] == REGLU) {
         CHANNELS
-        for (std::int64_t i = 0; i < n; i++) y[i] = (x[i] > 0 ? x[i] : 0.0f) * x[n + i];
+        for (std::int64_t i = 0; i < n; i++)
+            y[i] = (x[i] > 0 ? x[i] : 0.0f) * x[n + i];
         x = y;
     } else if (op.size[1] == TANH) {
         CHANNELS
-        for (std::int64_t i = 0; i < n; i++) y[i] = 2.0f * sigmoid(2.0f * x[i]) - 1.0f;
+        for (std::int64_t i = 0; i < n; i++)
+            y[i] = 2.0f * sigmoid(2.0f * x[i]) - 1.0f;
         x = y;
     } else if (op.size[1] == SIGMOID) {
         CHANNELS
-        for (std::int64_t i = 0; i < n; i++) y[i] = sigmoid(x[i]);
+        for (std::int64_t i = 0; i < n; i++)
+            y[i] = sigmoid(x[i]);
         x = y;
     }
     Events& events = row.lists[op.list];
     if (op.size[4] != INTEGER) {
         const float* fired = threshold(op, row, x, n);
         if (!fired) return false;
-        for (std::int64_t i = 0; i < n; i++) events.counts[i] = static_cast<std::int8_t>(fired[i]);
+        for (std::int64_t i = 0; i < n; i++)
+            events.counts[i] = static_cast<std::int8_t>(fired[i]);
         events.v_threshold = 1;
-        events.fired = list_events(events.counts.data(), n, events.index.data(), events.value.data());
+        events.fired =
+            list_events(events.counts.data(), n, events.index.data(), events.value.data());
         return true;
     }
     const float high = static_cast<float>(op.size[3]);
@@ -243,8 +275,8 @@ CLONES void add_spikes(const Op& op, Row& row) {
         y[i] = (op.size[1] ? y[i] : 0.0f) + events.counts[i] * events.v_threshold;
 }
 
-// size: routed experts, width, top k, sigmoid, shared experts; at: x, weights; data: router. Weights
-// of the chosen, 0 for the others, 1 for those that are shared.
+// size: routed experts, width, top k, sigmoid, shared experts; at: x, weights; data: router.
+// Weights of the chosen, 0 for the others, 1 for those that are shared.
 CLONES void route(const Op& op, Row& row) {
     const std::int64_t E = op.size[0], D = op.size[1];
     const float *x = vector(op, row, 0), *router = data<float>(op, 0);
@@ -253,12 +285,15 @@ CLONES void route(const Op& op, Row& row) {
     for (std::int64_t e = 0; e < E; e++)
         p[e] = summed(D, [&](std::int64_t i) { return x[i] * router[e * D + i]; });
     if (op.size[3]) {
-        for (float& logit : p) logit = sigmoid(logit);
+        for (float& logit : p)
+            logit = sigmoid(logit);
     } else {
         const float top = *std::max_element(p.begin(), p.end());
         float total = 0;
-        for (float& logit : p) total += logit = exponential(logit - top);
-        for (float& share : p) share /= total;
+        for (float& logit : p)
+            total += logit = exponential(logit - top);
+        for (float& share : p)
+            share /= total;
     }
     std::fill(weights, weights + E, 0.0f);
     std::fill(weights + E, weights + E + op.size[4], 1.0f);
@@ -278,7 +313,8 @@ CLONES void add_experts(const Op& op, Row& row) {
     for (std::int64_t e = 0; e < op.size[0]; e++) {
         if (weights[e] == 0) continue;
         CHANNELS
-        for (std::int64_t i = 0; i < D; i++) y[i] += weights[e] * outputs[e * D + i];
+        for (std::int64_t i = 0; i < D; i++)
+            y[i] += weights[e] * outputs[e * D + i];
     }
 }
 
@@ -291,7 +327,8 @@ CLONES void mean(const Op& op, Row& row) {
     for (std::int64_t h = 0; h < op.size[0]; h++)
         normalise(b + h * K, b + h * K, K, op.number[0], data<float>(op, 0), nullptr);
     CHANNELS
-    for (std::int64_t i = 0; i < op.size[0] * K; i++) y[i] = (a[i] + b[i]) / 2;
+    for (std::int64_t i = 0; i < op.size[0] * K; i++)
+        y[i] = (a[i] + b[i]) / 2;
 }
 
 // size: channels; at: k, v, r, y; state: p, q, o; data: decay, bonus. y = sigmoid(r) wkv.
@@ -302,7 +339,8 @@ CLONES void wkv4(const Op& op, Row& row) {
                              data<float>(op, 0), data<float>(op, 1), remembered(op, row, 0),
                              remembered(op, row, 1), remembered(op, row, 2), nullptr, y);
     CHANNELS
-    for (std::int64_t i = 0; i < op.size[0]; i++) y[i] *= sigmoid(r[i]);
+    for (std::int64_t i = 0; i < op.size[0]; i++)
+        y[i] *= sigmoid(r[i]);
 }
 
 enum Decay : std::int32_t { CHANNEL, SCALAR, TIED, FIXED };
@@ -313,12 +351,15 @@ INLINE float log_sigmoid(float x) {
 }
 
 INLINE float feature(float x, std::int32_t kind) {
-    return kind == RELU ? std::max(x, 0.0f) : kind == LOGISTIC ? sigmoid(x) : kind == SILU ? x * sigmoid(x) : x;
+    return kind == RELU       ? std::max(x, 0.0f)
+           : kind == LOGISTIC ? sigmoid(x)
+           : kind == SILU     ? x * sigmoid(x)
+                              : x;
 }
 
 // size: H, G, K, V, decay, feature map, gates per head; at: q k v, decay logits, gate logits, out;
-// state: S; number: gate temperature, scale, norm eps; data: bias of q k v, decay bias, norm weight,
-// fixed log-decays [G]. One key/value head and the queries of its group.
+// state: S; number: gate temperature, scale, norm eps; data: bias of q k v, decay bias, norm
+// weight, fixed log-decays [G]. One key/value head and the queries of its group.
 CLONES void gla(const Op& op, Row& row, std::int64_t g) {
     const std::int64_t H = op.size[0], G = op.size[1], K = op.size[2], V = op.size[3];
     const std::int64_t gates = op.size[6], each = H / G;
@@ -328,17 +369,22 @@ CLONES void gla(const Op& op, Row& row, std::int64_t g) {
     auto take = [&](std::int64_t at) { return bias ? x[at] + bias[at] : x[at]; };
     const std::int64_t keys = H * K + g * K, values = (H + G) * K + g * V;
     float v[1024], read[1024];
-    for (std::int64_t j = 0; j < V; j++) v[j] = take(values + j);
+    for (std::int64_t j = 0; j < V; j++)
+        v[j] = take(values + j);
     float* S = remembered(op, row, 0) + g * K * V;
     for (std::int64_t i = 0; i < K; i++) {
         const float key = take(keys + i);
         float log_decay;
-        if (op.size[4] == CHANNEL) log_decay = log_sigmoid(logits[g * K + i] + decay_bias[g * K + i]) / op.number[0];
-        else if (op.size[4] == SCALAR) log_decay = log_sigmoid(logits[g] + decay_bias[g]) / op.number[0];
-        else log_decay = op.size[4] == TIED ? log_sigmoid(-key) : fixed[g];
+        if (op.size[4] == CHANNEL)
+            log_decay = log_sigmoid(logits[g * K + i] + decay_bias[g * K + i]) / op.number[0];
+        else if (op.size[4] == SCALAR)
+            log_decay = log_sigmoid(logits[g] + decay_bias[g]) / op.number[0];
+        else
+            log_decay = op.size[4] == TIED ? log_sigmoid(-key) : fixed[g];
         const float a = exponential(log_decay), k = feature(key, op.size[5]);
         float* row_i = S + i * V;
-        for (std::int64_t j = 0; j < V; j++) row_i[j] = row_i[j] * a + k * v[j];
+        for (std::int64_t j = 0; j < V; j++)
+            row_i[j] = row_i[j] * a + k * v[j];
     }
     for (std::int64_t h = g * each; h < (g + 1) * each; h++) {
         std::fill(read, read + V, 0.0f);
@@ -346,11 +392,13 @@ CLONES void gla(const Op& op, Row& row, std::int64_t g) {
             const float q = op.number[1] * feature(take(h * K + i), op.size[5]);
             if (q == 0) continue;
             const float* row_i = S + i * V;
-            for (std::int64_t j = 0; j < V; j++) read[j] += q * row_i[j];
+            for (std::int64_t j = 0; j < V; j++)
+                read[j] += q * row_i[j];
         }
         float* out = vector(op, row, 3) + h * V;
         normalise(out, read, V, op.number[2], data<float>(op, 2), nullptr);
-        for (std::int64_t j = 0; gates && j < V; j++) out[j] *= sigmoid(gate[h * gates + (gates > 1 ? j : 0)]);
+        for (std::int64_t j = 0; gates && j < V; j++)
+            out[j] *= sigmoid(gate[h * gates + (gates > 1 ? j : 0)]);
     }
 }
 
@@ -359,7 +407,8 @@ CLONES void gated_add(const Op& op, Row& row) {
     const float *x = vector(op, row, 0), *gate = vector(op, row, 1);
     float* y = vector(op, row, 2);
     CHANNELS
-    for (std::int64_t i = 0; i < op.size[0]; i++) y[i] = (op.size[1] ? y[i] : 0.0f) + x[i] * sigmoid(gate[i]);
+    for (std::int64_t i = 0; i < op.size[0]; i++)
+        y[i] = (op.size[1] ? y[i] : 0.0f) + x[i] * sigmoid(gate[i]);
 }
 
 CLONES void keep(const Op& op, Row& row) {
@@ -375,7 +424,8 @@ CLONES void conv(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
     CHANNELS
     for (std::int64_t c = begin; c < end; c++) {
         float sum = 0;
-        for (std::int64_t t = 0; t < taps - 1; t++) sum += before[t * C + c] * weight[t * C + c];
+        for (std::int64_t t = 0; t < taps - 1; t++)
+            sum += before[t * C + c] * weight[t * C + c];
         sum += x[c] * weight[(taps - 1) * C + c];
         y[c] = sum * sigmoid(sum);
     }
@@ -387,7 +437,8 @@ CLONES void conv(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
 
 // What the adaptive integer neuron of a head makes of x: k is number[3] (0: off), max_count size[6]
 // (0: no clip), unsigned size[7].
-INLINE bool head_spikes(float* out, const float* x, std::int64_t n, const Op& op, const float* dead_zone) {
+INLINE bool head_spikes(float* out, const float* x, std::int64_t n, const Op& op,
+                        const float* dead_zone) {
     const float k = op.number[3];
     if (!(k > 0)) {
         if (out != x) std::memcpy(out, x, n * sizeof(float));
@@ -411,15 +462,16 @@ INLINE bool unit(float* out, const float* x, std::int64_t n, const Op& op, const
     if (!head_spikes(out, x, n, op, dead_zone)) return false;
     const float square = summed(n, [&](std::int64_t i) { return out[i] * out[i]; });
     const float scale = 1.0f / std::sqrt(square + op.number[1]);
-    for (std::int64_t i = 0; i < n; i++) out[i] *= scale;
+    for (std::int64_t i = 0; i < n; i++)
+        out[i] *= scale;
     return true;
 }
 
 // size: H, K, V, decays per head, erase rates per head, write rates per head, max_count, unsigned;
 // at: q k v, gate logits, out; state: S; number: decay floor, unit eps, norm eps, k of the neurons
 // (0: off); data: gate bias, norm weight, dead zones of queries and of keys.
-CLONES bool delta(const Op& op, Row& row, std::int64_t h) {
-    const std::int64_t H = op.size[0], K = op.size[1], V = op.size[2];
+INLINE bool delta_head(const Op& op, Row& row, std::int64_t h, const std::int64_t V) {
+    const std::int64_t H = op.size[0], K = op.size[1];
     const std::int64_t decays = op.size[3], erases = op.size[4], writes = op.size[5];
     const float *qkv = vector(op, row, 0), *logits = vector(op, row, 1), *bias = data<float>(op, 0);
     float* S = remembered(op, row, 0) + h * K * V;
@@ -438,11 +490,13 @@ CLONES bool delta(const Op& op, Row& row, std::int64_t h) {
             // One decay for all rows, or one for each.
             const std::int64_t rows = decays > 1 ? 1 : K;
             const float a = exponential(op.number[0] * gate(h * decays + i));
-            for (std::int64_t j = 0; j < rows * V; j++) row_i[j] *= a;
+            for (std::int64_t j = 0; j < rows * V; j++)
+                row_i[j] *= a;
         }
         if (k[i] == 0) continue;
         const float b = gate(erase_at + h * erases + (erases > 1 ? i : 0)) * k[i];
-        for (std::int64_t j = 0; j < V; j++) erased[j] += b * row_i[j];
+        for (std::int64_t j = 0; j < V; j++)
+            erased[j] += b * row_i[j];
     }
     for (std::int64_t j = 0; j < V; j++) {
         const float w = gate(write_at + (writes > 1 ? h * V + j : h));
@@ -451,21 +505,28 @@ CLONES bool delta(const Op& op, Row& row, std::int64_t h) {
     for (std::int64_t i = 0; i < K; i++) {
         float* row_i = S + i * V;
         if (k[i] != 0)
-            for (std::int64_t j = 0; j < V; j++) row_i[j] += k[i] * erased[j];
+            for (std::int64_t j = 0; j < V; j++)
+                row_i[j] += k[i] * erased[j];
         if (q[i] != 0)
-            for (std::int64_t j = 0; j < V; j++) read[j] += q[i] * row_i[j];
+            for (std::int64_t j = 0; j < V; j++)
+                read[j] += q[i] * row_i[j];
     }
     float* out = vector(op, row, 2) + h * V;
     normalise(out, read, V, op.number[2], data<float>(op, 1), nullptr);
-    for (std::int64_t j = 0; j < V; j++) out[j] *= gate(gate_at + h * V + j);
+    for (std::int64_t j = 0; j < V; j++)
+        out[j] *= gate(gate_at + h * V + j);
     return true;
+}
+
+CLONES bool delta(const Op& op, Row& row, std::int64_t h) {
+    return op.size[2] == 64 ? delta_head(op, row, h, 64) : delta_head(op, row, h, op.size[2]);
 }
 
 // size: H, K; at: r, k, v, decay, rate, gate, mix (or -1), first values, out; state: S; number:
 // decay floor, unit eps, norm eps; data: biases of decay, rate and mix, key scale, key rate, bonus,
 // norm weight and bias.
-CLONES void rwkv7(const Op& op, Row& row, std::int64_t h) {
-    const std::int64_t K = op.size[1], at = h * K;
+INLINE void rwkv7_head(const Op& op, Row& row, std::int64_t h, const std::int64_t K) {
+    const std::int64_t at = h * K;
     const float *r = vector(op, row, 0) + at, *keys = vector(op, row, 1) + at;
     const float *values = vector(op, row, 2) + at, *decay = vector(op, row, 3) + at;
     const float *rates = vector(op, row, 4) + at, *gate = vector(op, row, 5) + at;
@@ -484,14 +545,17 @@ CLONES void rwkv7(const Op& op, Row& row, std::int64_t h) {
     }
     if (mix) {
         const float* mix_bias = data<float>(op, 2) + at;
-        for (std::int64_t i = 0; i < K; i++) v[i] += (first[i] - v[i]) * sigmoid(mix[i] + mix_bias[i]);
+        for (std::int64_t i = 0; i < K; i++)
+            v[i] += (first[i] - v[i]) * sigmoid(mix[i] + mix_bias[i]);
     }
     const float length = std::sqrt(summed(K, [&](std::int64_t i) { return kappa[i] * kappa[i]; }));
     const float scale = 1.0f / std::max(length, op.number[1]);
-    for (std::int64_t i = 0; i < K; i++) kappa[i] *= scale;
+    for (std::int64_t i = 0; i < K; i++)
+        kappa[i] *= scale;
     float* S = remembered(op, row, 0) + h * K * K;
     for (std::int64_t i = 0; i < K; i++)
-        for (std::int64_t j = 0; j < K; j++) removed[j] += kappa[i] * S[i * K + j];
+        for (std::int64_t j = 0; j < K; j++)
+            removed[j] += kappa[i] * S[i * K + j];
     for (std::int64_t i = 0; i < K; i++) {
         const float takes = rate[i] * kappa[i];
         float* row_i = S + i * K;
@@ -504,13 +568,24 @@ CLONES void rwkv7(const Op& op, Row& row, std::int64_t h) {
     float* out = vector(op, row, 8) + at;
     normalise(out, read, K, op.number[2], data<float>(op, 6) + at, data<float>(op, 7) + at);
     const float same = summed(K, [&](std::int64_t i) { return r[i] * k[i] * bonus[i]; });
-    for (std::int64_t j = 0; j < K; j++) out[j] = (out[j] + same * v[j]) * gate[j];
+    for (std::int64_t j = 0; j < K; j++)
+        out[j] = (out[j] + same * v[j]) * gate[j];
 }
 
-INLINE void rotate(float* out, const float* x, std::int64_t K, std::int64_t position, const double* frequency) {
+// With the usual size known, sums over a head stay in registers.
+CLONES void rwkv7(const Op& op, Row& row, std::int64_t h) {
+    if (op.size[1] == 64)
+        rwkv7_head(op, row, h, 64);
+    else
+        rwkv7_head(op, row, h, op.size[1]);
+}
+
+INLINE void rotate(float* out, const float* x, std::int64_t K, std::int64_t position,
+                   const double* frequency) {
     for (std::int64_t i = 0; i < K / 2; i++) {
         const double angle = static_cast<double>(position) * frequency[i];
-        const float c = static_cast<float>(std::cos(angle)), s = static_cast<float>(std::sin(angle));
+        const float c = static_cast<float>(std::cos(angle)),
+                    s = static_cast<float>(std::sin(angle));
         const float a = x[i], b = x[K / 2 + i];
         out[i] = a * c - b * s;
         out[K / 2 + i] = b * c + a * s;
@@ -518,9 +593,10 @@ INLINE void rotate(float* out, const float* x, std::int64_t K, std::int64_t posi
 }
 
 // size: H, G, K, W (0: as many slots as there are), sinks, gates per head, max_count, unsigned,
-// packed; at: q k v and gates, out; state: k, v, sink_k, sink_v; number: norm eps, 0, 0, k of the queries' neuron
-// (0: off); data: bias of q k v, frequencies (none: no position code), query and key norm,
-// dead zone of the queries. Keys and values are floats [K], or `packed` int8 [K] and a float scale.
+// packed; at: q k v and gates, out; state: k, v, sink_k, sink_v; number: norm eps, 0, 0, k of the
+// queries' neuron (0: off); data: bias of q k v, frequencies (none: no position code), query and
+// key norm, dead zone of the queries. Keys and values are floats [K], or `packed` int8 [K] and a
+// float scale.
 INLINE std::int64_t slots(const Op& op, const Row& row) {
     return op.size[3] ? op.size[3] : row.slots[op.state[0]];
 }
@@ -533,12 +609,15 @@ CLONES bool window(const Op& op, Row& row, std::int64_t g) {
     const std::int64_t position = row.position;
     float key[1024], value[1024], query[1024], far[1024];
     auto take = [&](float* out, std::int64_t at) {
-        for (std::int64_t i = 0; i < K; i++) out[i] = bias ? x[at + i] + bias[at + i] : x[at + i];
+        for (std::int64_t i = 0; i < K; i++)
+            out[i] = bias ? x[at + i] + bias[at + i] : x[at + i];
     };
     auto step = [&](float* out, float* vector_, const float* weight) {
         if (weight) normalise(vector_, vector_, K, op.number[0], weight, nullptr);
-        if (frequency) rotate(out, vector_, K, position, frequency);
-        else std::memcpy(out, vector_, K * sizeof(float));
+        if (frequency)
+            rotate(out, vector_, K, position, frequency);
+        else
+            std::memcpy(out, vector_, K * sizeof(float));
     };
     auto spiking = [&](float* q) { return head_spikes(q, q, K, op, data<float>(op, 4)); };
     take(query, (H + g) * K);
@@ -556,9 +635,11 @@ CLONES bool window(const Op& op, Row& row, std::int64_t g) {
             return;
         }
         float largest = 0;
-        for (std::int64_t i = 0; i < K; i++) largest = std::max(largest, std::fabs(from[i]));
+        for (std::int64_t i = 0; i < K; i++)
+            largest = std::max(largest, std::fabs(from[i]));
         const float unit = largest / 127, divisor = std::max(unit, 1e-30f);
-        for (std::int64_t i = 0; i < K; i++) to[i] = static_cast<char>(std::rint(from[i] / divisor));
+        for (std::int64_t i = 0; i < K; i++)
+            to[i] = static_cast<char>(std::rint(from[i] / divisor));
         std::memcpy(to + K, &unit, 4);
     };
     // The product with what stands in a slot, and `weight` times it added to `out`.
@@ -577,13 +658,15 @@ CLONES bool window(const Op& op, Row& row, std::int64_t g) {
         const char* from = at(state, slot);
         if (!packed) {
             const auto* v = reinterpret_cast<const float*>(from);
-            for (std::int64_t i = 0; i < K; i++) out[i] += weight * v[i];
+            for (std::int64_t i = 0; i < K; i++)
+                out[i] += weight * v[i];
             return;
         }
         const auto* v = reinterpret_cast<const std::int8_t*>(from);
         float unit;
         std::memcpy(&unit, from + K, 4);
-        for (std::int64_t i = 0; i < K; i++) out[i] += weight * unit * v[i];
+        for (std::int64_t i = 0; i < K; i++)
+            out[i] += weight * unit * v[i];
     };
     write(0, position % W, key);
     write(1, position % W, value);
@@ -608,25 +691,31 @@ CLONES bool window(const Op& op, Row& row, std::int64_t g) {
             top = std::max(top, scores[s]);
         }
         if (left) {
-            if (frequency) rotate(far, raw, K, std::min(position, sinks + W - 1), frequency);
-            else std::memcpy(far, raw, K * sizeof(float));
+            if (frequency)
+                rotate(far, raw, K, std::min(position, sinks + W - 1), frequency);
+            else
+                std::memcpy(far, raw, K * sizeof(float));
             if (!spiking(far)) return false;
         }
         for (std::int64_t s = 0; s < left; s++) {
             scores[near + s] = scale * score(far, 2, s);
             top = std::max(top, scores[near + s]);
         }
-        for (std::int64_t s = 0; s < near + left; s++) scores[s] = exponential(scores[s] - top);
+        for (std::int64_t s = 0; s < near + left; s++)
+            scores[s] = exponential(scores[s] - top);
         const float total = summed(near + left, [&](std::int64_t s) { return scores[s]; });
         float* out = vector(op, row, 1) + h * K;
         std::fill(out, out + K, 0.0f);
         for (std::int64_t s = 0; s < near + left; s++) {
             const float weight = scores[s] / total;
-            if (s < near) add(out, weight, 1, s);
-            else add(out, weight, 3, s - near);
+            if (s < near)
+                add(out, weight, 1, s);
+            else
+                add(out, weight, 3, s - near);
         }
         const float* gate = x + (H + 2 * G) * K + h * gates;
-        for (std::int64_t i = 0; gates && i < K; i++) out[i] *= sigmoid(gate[gates > 1 ? i : 0]);
+        for (std::int64_t i = 0; gates && i < K; i++)
+            out[i] *= sigmoid(gate[gates > 1 ? i : 0]);
     }
     return true;
 }
@@ -634,33 +723,76 @@ CLONES bool window(const Op& op, Row& row, std::int64_t g) {
 // In how many pieces an operation can be done.
 std::int64_t pieces(const Op& op) {
     switch (op.code) {
-        case MATVEC: return data<Matrix>(op, 0)->tiles;
-        case DELTA: case RWKV7: return op.size[0];
-        case WINDOW: case GLA: return op.size[1];
-        case CONV: return (op.size[0] + 255) / 256;
-        default: return 1;
+        case MATVEC:
+            return data<Matrix>(op, 0)->tiles;
+        case DELTA:
+        case RWKV7:
+            return op.size[0];
+        case WINDOW:
+        case GLA:
+            return op.size[1];
+        case CONV:
+            return (op.size[0] + 255) / 256;
+        default:
+            return 1;
     }
 }
 
 bool execute(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
     switch (op.code) {
-        case EMBED: embed(op, row); return true;
-        case NORM: norm(op, row); return true;
-        case SPIKE: return spike(op, row);
-        case MATVEC: matvec(op, row, begin, end); return true;
-        case KEEP: keep(op, row); return true;
-        case GATED_ADD: gated_add(op, row); return true;
-        case ADD_SPIKES: add_spikes(op, row); return true;
-        case MEAN: mean(op, row); return true;
-        case ROUTE: route(op, row); return true;
-        case ADD_EXPERTS: add_experts(op, row); return true;
-        case WKV4: wkv4(op, row); return true;
-        case GLA: for (auto g = begin; g < end; g++) gla(op, row, g); return true;
-        case CONV: conv(op, row, begin * 256, std::min<std::int64_t>(end * 256, op.size[0])); return true;
-        case RWKV7: for (auto h = begin; h < end; h++) rwkv7(op, row, h); return true;
-        case DELTA: for (auto h = begin; h < end; h++) if (!delta(op, row, h)) return false; return true;
-        case WINDOW: for (auto g = begin; g < end; g++) if (!window(op, row, g)) return false; return true;
-        default: return false;
+        case EMBED:
+            embed(op, row);
+            return true;
+        case NORM:
+            norm(op, row);
+            return true;
+        case SPIKE:
+            return spike(op, row);
+        case MATVEC:
+            matvec(op, row, begin, end);
+            return true;
+        case KEEP:
+            keep(op, row);
+            return true;
+        case GATED_ADD:
+            gated_add(op, row);
+            return true;
+        case ADD_SPIKES:
+            add_spikes(op, row);
+            return true;
+        case MEAN:
+            mean(op, row);
+            return true;
+        case ROUTE:
+            route(op, row);
+            return true;
+        case ADD_EXPERTS:
+            add_experts(op, row);
+            return true;
+        case WKV4:
+            wkv4(op, row);
+            return true;
+        case GLA:
+            for (auto g = begin; g < end; g++)
+                gla(op, row, g);
+            return true;
+        case CONV:
+            conv(op, row, begin * 256, std::min<std::int64_t>(end * 256, op.size[0]));
+            return true;
+        case RWKV7:
+            for (auto h = begin; h < end; h++)
+                rwkv7(op, row, h);
+            return true;
+        case DELTA:
+            for (auto h = begin; h < end; h++)
+                if (!delta(op, row, h)) return false;
+            return true;
+        case WINDOW:
+            for (auto g = begin; g < end; g++)
+                if (!window(op, row, g)) return false;
+            return true;
+        default:
+            return false;
     }
 }
 
@@ -715,9 +847,9 @@ EXPORT void spikelm_program_free(void* program) { delete static_cast<Program*>(p
 // that is not finite, or -1.
 EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, const std::int64_t* tokens,
                                         const std::int64_t* positions, char* const* state,
-                                        const std::int64_t* num_slots, std::int64_t num_states, std::int64_t logits_at,
-                                        std::int64_t num_logits, float* logits,
-                                        std::int64_t* counters, int num_threads) {
+                                        const std::int64_t* num_slots, std::int64_t num_states,
+                                        std::int64_t logits_at, std::int64_t num_logits,
+                                        float* logits, std::int64_t* counters, int num_threads) {
     auto& program = *static_cast<Program*>(handle);
     if (num_threads != threads()) set_threads(num_threads);
     program.broken = -1;
@@ -743,18 +875,21 @@ EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, const s
             const std::size_t most = op.size[0] * (slots(op, *program.rows[b]) + op.size[4]);
             if (program.rows[b]->scores.size() < most) program.rows[b]->scores.resize(most);
         }
-        for (Events& events : program.rows[b]->lists) events.fired = -1;
+        for (Events& events : program.rows[b]->lists)
+            events.fired = -1;
     }
     for (std::size_t w = 0; w + 1 < program.waves.size(); w++) {
         Wave wave{&program, program.waves[w], program.waves[w + 1], rows};
         std::int64_t most = 0;
-        for (std::size_t i = wave.begin; i < wave.end; i++) most += pieces(program.ops[i]) * rows;
+        for (std::size_t i = wave.begin; i < wave.end; i++)
+            most += pieces(program.ops[i]) * rows;
         parallel(run_wave, &wave, static_cast<int>(std::min<std::int64_t>(most, num_threads)));
         if (program.broken >= 0) return program.broken;
     }
     for (std::int64_t b = 0; b < rows; b++) {
         Row& row = *program.rows[b];
-        std::memcpy(logits + b * num_logits, row.arena.data() + logits_at, num_logits * sizeof(float));
+        std::memcpy(logits + b * num_logits, row.arena.data() + logits_at,
+                    num_logits * sizeof(float));
         for (std::size_t l = 0; l < row.lists.size(); l++) {
             // A negative size marks spikes that enter no matrix.
             if (program.list_sizes[l] < 0 || row.lists[l].fired < 0) continue;

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
+import operator
+import threading
 import weakref
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
@@ -83,6 +85,11 @@ class Program:
         self._alive: list[object] = []
         self._handle: int | None = None
         self._logits = (0, 0)
+        # The state tensors of the last call, so that they live as long as their addresses are kept.
+        self._bound: list[Tensor] = []
+        self._addresses: Any = None
+        self._slots: Any = None
+        self._lock = threading.Lock()
 
     def vector(self, size: int) -> int:
         """Room for `size` floats."""
@@ -146,33 +153,28 @@ class Program:
         Returns logits float32 [B, N], and how many of how many entries that entered projections
         were silent. Raises: SpikelmError naming the neurons whose input is not finite.
         """
-        self._prepare(state)
         B = tokens.shape[0]
         start, size = self._logits
         logits = torch.empty(B, size)
-        rows = [self._rows(state.layers[layer][name]) for layer, name in self._states]
-        addresses = (c_void_p * (B * len(rows)))(
-            *(first + b * stride for b in range(B) for first, stride in rows)
-        )
-        slots = (c_int64 * len(rows))(
-            *(state.layers[layer][name].shape[1] for layer, name in self._states)
-        )
         counters = (c_int64 * 2)()
         tokens = tokens.contiguous()
-        broken = _library().spikelm_program_run(
-            self._handle,
-            B,
-            tokens.data_ptr(),
-            state.position.data_ptr(),
-            addresses,
-            slots,
-            len(rows),
-            start,
-            size,
-            logits.data_ptr(),
-            counters,
-            torch.get_num_threads(),
-        )
+        # Native code works in the program's own vectors, and Python lets other threads run.
+        with self._lock:
+            self._bind(state, B)
+            broken = _library().spikelm_program_run(
+                self._handle,
+                B,
+                tokens.data_ptr(),
+                state.position.data_ptr(),
+                self._addresses,
+                self._slots,
+                len(self._states),
+                start,
+                size,
+                logits.data_ptr(),
+                counters,
+                torch.get_num_threads(),
+            )
         if broken >= 0:
             raise SpikelmError(
                 f"{self._names[broken]} got numbers that are not finite; the weights or the state "
@@ -181,18 +183,27 @@ class Program:
         state.position.add_(1)
         return logits, counters[0], counters[1]
 
-    def _prepare(self, state: State) -> None:
-        """Makes tensors contiguous, and growing ones long enough."""
-        for layer, name in self._states:
-            tensor = state.layers[layer][name]
-            if not tensor.is_contiguous():
-                state.layers[layer][name] = tensor.contiguous()
+    def _bind(self, state: State, rows: int) -> None:
+        """Looks up the addresses of the state's tensors, unless they are those of the last call;
+        makes tensors contiguous, and growing ones long enough.
+        """
         needed = int(state.position.max()) + 1 if self._growing else 0
         for layer, name in self._growing:
             tensor = state.layers[layer][name]
             more = max(MIN_ROOM, 2 * needed) - tensor.shape[1]
             if tensor.shape[1] < needed:
                 state.layers[layer][name] = F.pad(tensor, (0, 0, 0, 0, 0, more))
+        bound = [state.layers[layer][name] for layer, name in self._states]
+        if len(bound) == len(self._bound) and all(map(operator.is_, bound, self._bound)):
+            return
+        for (layer, name), tensor in zip(self._states, bound, strict=True):
+            assert tensor.dtype in (torch.float32, torch.int8)
+            state.layers[layer][name] = tensor.contiguous()
+        self._bound = bound = [state.layers[layer][name] for layer, name in self._states]
+        self._addresses = (c_void_p * (rows * len(bound)))(
+            *(t.data_ptr() + b * t.stride(0) * t.itemsize for b in range(rows) for t in bound)
+        )
+        self._slots = (c_int64 * len(bound))(*(t.shape[1] for t in bound))
 
     def _address(self, entry: Tensor | int | None) -> int | None:
         if isinstance(entry, Tensor):
@@ -200,13 +211,6 @@ class Program:
             self._alive.append(entry)
             return entry.data_ptr()
         return entry
-
-    @staticmethod
-    def _rows(tensor: Tensor) -> tuple[int, int]:
-        """The address of the first row and the distance to the next."""
-        assert tensor.dtype in (torch.float32, torch.int8)
-        assert tensor.is_contiguous()
-        return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from spikelm.errors import SpikelmError
 from spikelm.generate import Engine
 from spikelm.kernels import rows
 from spikelm.models.spikelm import LanguageModel
+from spikelm.state import State
 from spikelm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(rows.unavailable() is not None, reason="no native matrices")
@@ -113,3 +115,17 @@ def test_nothing_is_left_behind(engine: Engine) -> None:
     for _ in range(200):
         native_program(engine.model)
     assert memory_bytes("VmRSS") < before + 2**22
+
+
+def test_python_threads_take_turns(engine: Engine) -> None:
+    states = [engine.prefill([1, 2, n])[1] for n in range(4)]
+
+    def walk(state: State) -> torch.Tensor:
+        for token in range(60):
+            logits, state = engine.step(torch.tensor([token]), state)
+        return logits
+
+    expected = [walk(state) for state in states]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(walk, states))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
