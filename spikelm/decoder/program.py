@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spikelm.errors import SpikelmError
+from spikelm.errors import DataError, SpikelmError
 from spikelm.kernels import native
 from spikelm.state import State
 
@@ -151,10 +151,16 @@ class Program:
         """One token for each of B sequences: int64 [B]. `state` is changed in place.
 
         Returns logits float32 [B, N], and how many of how many entries that entered projections
-        were silent. Raises: SpikelmError naming the neurons whose input is not finite.
+        were silent. Raises: DataError for ids outside the vocabulary or another number of sequences
+        than the state's; SpikelmError naming the neurons whose input is not finite.
         """
         B = tokens.shape[0]
         start, size = self._logits
+        if state.batch_size != B:
+            raise DataError(f"{B} tokens given for a state of {state.batch_size} sequences")
+        low, high = (int(bound) for bound in tokens.aminmax())
+        if low < 0 or high >= size:
+            raise DataError(f"token ids {low}..{high} given; allowed: 0..{size - 1}")
         logits = torch.empty(B, size)
         counters = (c_int64 * 2)()
         tokens = tokens.contiguous()

@@ -14,7 +14,7 @@ from spikelm.config import ModelConfig
 from spikelm.conversion.convert import convert
 from spikelm.decoder import native_program
 from spikelm.decoder.program import MIN_ROOM
-from spikelm.errors import SpikelmError
+from spikelm.errors import DataError, SpikelmError
 from spikelm.generate import Engine
 from spikelm.kernels import rows
 from spikelm.models.spikelm import LanguageModel
@@ -129,3 +129,17 @@ def test_python_threads_take_turns(engine: Engine) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(walk, states))
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([-1], "token ids -1..-1 given; allowed: 0..256"),
+        ([257], "token ids 257..257 given"),
+        ([1, 2], "2 tokens given for a state of 1 sequences"),
+    ],
+)
+def test_what_would_be_read_out_of_bounds(engine: Engine, ids: list[int], message: str) -> None:
+    _, state = engine.prefill([1, 2, 3])
+    with pytest.raises(DataError, match=message):
+        engine.step(torch.tensor(ids), state)
