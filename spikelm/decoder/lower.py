@@ -55,9 +55,8 @@ class _Lowering:
         config = model.config
         if model.head_qk is not None:
             raise NotLoweredError("head-QK")
-        self.model, self.program = model, Program()
+        self.program = program = Program()
         self.width = config.width
-        program = self.program
         self.x = program.vector(self.width)
         self.normed = program.vector(self.width)
         self.index, self.prefix = 0, ""
@@ -176,11 +175,7 @@ class _Lowering:
         program, c = self.program, mixer.config
         if max(c.key_dim, c.value_dim) > MAX_HEAD:
             raise NotLoweredError(f"heads of more than {MAX_HEAD} channels")
-        spikes = self._spike(mixer.input, self.normed)
-        program.barrier()
-        projected = program.vector(_outputs(mixer.input))
-        self._matvec(mixer.input, spikes, projected)
-        program.barrier()
+        projected = self._project(mixer.input, self.normed)
         size = sum(mixer.qkv_sizes)
         mixed = program.vector(size)
         conv = self._state("conv") if c.conv_size > 1 else None
@@ -192,11 +187,7 @@ class _Lowering:
             state=[conv],
             data=[_float(mixer.conv)],
         )
-        spikes = self._spike(mixer.gates, projected + size)
-        program.barrier()
-        logits = program.vector(_outputs(mixer.gates))
-        self._matvec(mixer.gates, spikes, logits)
-        program.barrier()
+        logits = self._project(mixer.gates, projected + size)
         out = program.vector(mixer.qkv_sizes[2])
         decays = {"none": 0, "scalar": 1, "channel": c.key_dim}[c.decay]
         split = c.gates == "split"
@@ -219,11 +210,7 @@ class _Lowering:
 
     def _window(self, mixer: AttentionMixer) -> None:
         program = self.program
-        spikes = self._spike(mixer.input, self.normed)
-        program.barrier()
-        projected = program.vector(_outputs(mixer.input))
-        self._matvec(mixer.input, spikes, projected)
-        program.barrier()
+        projected = self._project(mixer.input, self.normed)
         out = program.vector(mixer.sizes[0])
         self._softmax_heads(mixer.heads, projected, out, mixer.qkv_bias, "")
         program.barrier()
@@ -282,12 +269,7 @@ class _Lowering:
         self._add(ffn.output, hidden, activation="squared_relu", gate=gated)
 
     def _gated(self, ffn: GatedFFN) -> None:
-        program = self.program
-        spikes = self._spike(ffn.input, self.normed)
-        program.barrier()
-        projected = program.vector(_outputs(ffn.input))
-        self._matvec(ffn.input, spikes, projected)
-        program.barrier()
+        projected = self._project(ffn.input, self.normed)
         self._add(ffn.output, projected, activation=ffn.kind)
 
     def _experts(self, ffn: ExpertsFFN) -> None:
@@ -366,19 +348,11 @@ class _Lowering:
 
     def _gla(self, mixer: GLAMixer) -> None:
         program = self.program
-        spikes = self._spike(mixer.input, self.normed)
-        program.barrier()
-        projected = program.vector(_outputs(mixer.input))
-        self._matvec(mixer.input, spikes, projected)
-        program.barrier()
+        projected = self._project(mixer.input, self.normed)
         logits = projected + sum(mixer.sizes)
         gates = logits + mixer.gate_sizes[0]
         if mixer.decay is not None:
-            spikes = self._spike(mixer.decay, logits)
-            program.barrier()
-            logits = program.vector(_outputs(mixer.decay))
-            self._matvec(mixer.decay, spikes, logits)
-            program.barrier()
+            logits = self._project(mixer.decay, logits)
         c = mixer.config
         out = program.vector(c.num_heads * c.value_dim)
         self._linear_heads(
@@ -426,11 +400,7 @@ class _Lowering:
 
     def _parallel(self, mixer: ParallelMixer) -> None:
         program = self.program
-        spikes = self._spike(mixer.input, self.normed)
-        program.barrier()
-        projected = program.vector(_outputs(mixer.input))
-        self._matvec(mixer.input, spikes, projected)
-        program.barrier()
+        projected = self._project(mixer.input, self.normed)
         linear, softmax = (program.vector(mixer.sizes[0]) for _ in range(2))
         bias = mixer.qkv_bias
         self._linear_heads(
@@ -553,6 +523,15 @@ class _Lowering:
             ],
             spikes=spikes,
         )
+
+    def _project(self, projection: Projection, x: int) -> int:
+        """The vector that the projection makes of x."""
+        spikes = self._spike(projection, x)
+        self.program.barrier()
+        y = self.program.vector(_outputs(projection))
+        self._matvec(projection, spikes, y)
+        self.program.barrier()
+        return y
 
     def _add(
         self,
