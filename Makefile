@@ -51,7 +51,7 @@ sanitize: ## native matrices and threads against plain loops, watched by address
 	@mkdir -p build
 	@for kinds in address,undefined thread; do \
 	  $(CXX) -std=c++20 -O1 -g -fsanitize=$$kinds -fno-sanitize-recover=all -pthread -o build/sanitize \
-	    native/sanitize.cpp native/matrix*.cpp native/pool.cpp native/rows.cpp && build/sanitize || exit 1; done
+	    native/sanitize.cpp native/matrix*.cpp native/memory.cpp native/outputs.cpp native/pool.cpp native/rows.cpp && build/sanitize || exit 1; done
 
 test-gpu: ## the tests that need a CUDA device (BIN=/usr/bin uses a Python outside .venv)
 	@$(BIN)/python -m pytest -q -m gpu

@@ -12,6 +12,7 @@
 
 #include "common.h"
 #include "matrix.h"
+#include "outputs.h"
 #include "pool.h"
 
 extern "C" void spikelm_lif_forward_f32(std::int64_t, std::int64_t, std::int64_t, const float*,
@@ -40,7 +41,11 @@ enum Code : std::int32_t {
     GLA,
     MEAN,
     ROUTE,
-    ADD_EXPERTS
+    ADD_EXPERTS,
+    OPEN,
+    OUTPUTS,
+    ESTIMATE,
+    SHORTLIST
 };
 
 // The meaning of the fields is each operation's own; program.py fills them by name.
@@ -54,7 +59,8 @@ struct Op {
     const void* data[9];
 };
 
-// What a neuron population sends: the counts, and the list of those that are not 0.
+// What a neuron population sends: the counts, and the list of those that are not 0. Or a list of
+// outputs that are wanted: only `index` and `fired`.
 struct Events {
     std::vector<std::int8_t> counts, value;
     std::vector<std::int32_t> index;
@@ -66,7 +72,9 @@ struct Row {
     std::vector<float> arena;
     std::vector<Events> lists;
     std::vector<float> scores;  // of softmax attention
+    std::vector<std::int32_t> integers;  // of wanted outputs
     std::int64_t token = 0, position = 0;
+    float within = INFINITY;  // how far below the largest logit they are exact
     char* const* state = nullptr;
     const std::int64_t* slots = nullptr;  // the second axis of the state tensors
 };
@@ -214,7 +222,7 @@ CLONES bool spike(const Op& op, Row& row) {
     } else if (op.size[1] == REGLU) {
         CHANNELS
         for (std::int64_t i = 0; i < n; i++)
-            y[i] = (x[i] > 0 ? x[i] : 0.0f) * x[n + i];
+            y[i] = x[i] <= 0 ? 0.0f : x[i] * x[n + i];
         x = y;
     } else if (op.size[1] == TANH) {
         CHANNELS
@@ -264,6 +272,93 @@ CLONES void matvec(const Op& op, Row& row, std::int64_t begin, std::int64_t end)
         const float with_bias = bias ? product_o + bias[o] : product_o;
         y[o] = op.size[0] ? y[o] + with_bias : with_bias;
     }
+}
+
+INLINE std::int32_t total(const Events& events) {
+    std::int32_t sum = 0;
+    for (std::int64_t i = 0; i < events.fired; i++)
+        sum += events.value[i];
+    return sum;
+}
+
+// Lists the outputs whose gate is open. size: n; at: gates.
+void open(const Op& op, Row& row) {
+    const float* gate = vector(op, row, 0);
+    Events& wanted = row.lists[op.list];
+    wanted.fired = 0;
+    for (std::int64_t i = 0; i < op.size[0]; i++)
+        // What is not a number goes on, to be reported.
+        if (!(gate[i] <= 0)) wanted.index[wanted.fired++] = static_cast<std::int32_t>(i);
+}
+
+// The wanted outputs of an output-major matrix. size: list of the wanted, whether the integers hold
+// the upper halves; at: y, integers; data: matrix, scale and bias [N].
+CLONES void outputs(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
+    const auto& matrix = *data<Outputs>(op, 0);
+    const Events &events = row.lists[op.list], &wanted = row.lists[op.size[0]];
+    // The list is as long as this token makes it: pieces are shares of it.
+    const std::int64_t pieces = (matrix.outputs + 63) / 64, first = wanted.fired * begin / pieces;
+    const std::int64_t n = wanted.fired * end / pieces - first;
+    float* y = vector(op, row, 0);
+    const auto* upper = reinterpret_cast<const std::int32_t*>(vector(op, row, 1));
+    const float *scale = data<float>(op, 1), *bias = data<float>(op, 2);
+    const std::int32_t sum = total(events);
+    outputs_product(matrix, events.counts.data(), sum, wanted.index.data() + first, n,
+                    row.integers.data());
+    for (std::int64_t i = first; i < first + n; i++) {
+        const std::int32_t o = wanted.index[i];
+        std::int32_t integer = row.integers[o];
+        // Lower halves are stored less 8.
+        if (op.size[1]) integer += 16 * upper[o] + 8 * sum;
+        const float product_o = static_cast<float>(integer) * scale[o] * events.v_threshold;
+        y[o] = bias ? product_o + bias[o] : product_o;
+    }
+}
+
+// What the upper halves of 8-bit weights say of the outputs. at: y, integers; data: matrix of the
+// upper halves, scale and bias [N].
+CLONES void estimate(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
+    const Matrix& matrix = *data<Matrix>(op, 0);
+    const Events& events = row.lists[op.list];
+    auto* integers = reinterpret_cast<std::int32_t*>(vector(op, row, 1));
+    product(matrix, events.counts.data(), events.index.data(), events.value.data(), events.fired,
+            begin, end, integers);
+    const std::int64_t last = std::min(end * matrix.tile, matrix.outputs);
+    const float *scale = data<float>(op, 1), *bias = data<float>(op, 2);
+    const float lower = 7.5f * total(events), v_threshold = events.v_threshold;
+    float* y = vector(op, row, 0);
+    for (std::int64_t o = begin * matrix.tile; o < last; o++) {
+        const float product_o = (16.0f * integers[o] + lower) * scale[o] * v_threshold;
+        y[o] = bias ? product_o + bias[o] : product_o;
+    }
+}
+
+// Lists the outputs that may be within the row's reach of the largest. size: n, list of the spikes;
+// at: estimates; data: scale. A lower half is 0..15, so the error of an estimate has the variance
+// sum count^2 (16^2 - 1) / 12 if halves are as good as random, and is at most 7.5 sum |count|.
+CLONES void shortlist(const Op& op, Row& row) {
+    constexpr float DEVIATIONS = 6;
+    const Events& events = row.lists[op.size[1]];
+    float square = 0, most = 0;
+    for (std::int64_t i = 0; i < events.fired; i++) {
+        square += static_cast<float>(events.value[i]) * events.value[i];
+        most += std::abs(events.value[i]);
+    }
+    const float error = std::min(DEVIATIONS * std::sqrt(square * (255.0f / 12)), 7.5f * most);
+    const float margin = error * events.v_threshold;
+    const std::int64_t n = op.size[0];
+    const float *y = vector(op, row, 0), *scale = data<float>(op, 0);
+    float best = -INFINITY;
+    for (std::int64_t i = 0; i < n; i++) {
+        const float least = y[i] - margin * scale[i];
+        best = least > best ? least : best;
+    }
+    const float floor = best - row.within;
+    Events& wanted = row.lists[op.list];
+    wanted.fired = 0;
+    for (std::int64_t i = 0; i < n; i++)
+        if (!(y[i] + margin * scale[i] < floor))
+            wanted.index[wanted.fired++] = static_cast<std::int32_t>(i);
 }
 
 // size: n, adds; at: y. The values of the list's spikes, written to y or added to it.
@@ -733,6 +828,10 @@ std::int64_t pieces(const Op& op) {
             return op.size[1];
         case CONV:
             return (op.size[0] + 255) / 256;
+        case ESTIMATE:
+            return data<Matrix>(op, 0)->tiles;
+        case OUTPUTS:
+            return (data<Outputs>(op, 0)->outputs + 63) / 64;
         default:
             return 1;
     }
@@ -769,6 +868,18 @@ bool execute(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
         case ADD_EXPERTS:
             add_experts(op, row);
             return true;
+        case OPEN:
+            open(op, row);
+            return true;
+        case OUTPUTS:
+            outputs(op, row, begin, end);
+            return true;
+        case ESTIMATE:
+            estimate(op, row, begin, end);
+            return true;
+        case SHORTLIST:
+            shortlist(op, row);
+            return true;
         case WKV4:
             wkv4(op, row);
             return true;
@@ -794,6 +905,17 @@ bool execute(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
         default:
             return false;
     }
+}
+
+// The bytes of weights that a token made an operation read.
+std::int64_t bytes_read(const Op& op, const Row& row) {
+    if (op.when >= 0 && row.arena[op.when] == 0) return 0;
+    if (op.code == OUTPUTS)
+        return row.lists[op.size[0]].fired * data<Outputs>(op, 0)->stride;
+    if (op.code != MATVEC && op.code != ESTIMATE) return 0;
+    const Matrix& matrix = *data<Matrix>(op, 0);
+    const std::int64_t events = row.lists[op.list].fired;
+    return reads_all(matrix, events) ? matrix.bytes : matrix.bytes / matrix.inputs * events;
 }
 
 struct Wave {
@@ -842,23 +964,28 @@ EXPORT void* spikelm_program_new(const Op* ops, std::int64_t num_ops, std::int64
 EXPORT void spikelm_program_free(void* program) { delete static_cast<Program*>(program); }
 
 // One token for each of `rows` sequences. `state` holds rows x num_states addresses, num_slots the
-// second axis of each state tensor, `counters`
-// gets the silent and all entries that entered a matrix. Returns the operation that met a number
-// that is not finite, or -1.
+// second axis of each state tensor. Logits up to `within` below the largest are exact, others may
+// be estimates. `counters` gets the silent and all entries that entered a matrix, and the bytes of
+// weights read for them. Returns the operation that met a number that is not finite, or -1.
 EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, const std::int64_t* tokens,
                                         const std::int64_t* positions, char* const* state,
                                         const std::int64_t* num_slots, std::int64_t num_states,
                                         std::int64_t logits_at, std::int64_t num_logits,
-                                        float* logits, std::int64_t* counters, int num_threads) {
+                                        float within, float* logits, std::int64_t* counters,
+                                        int num_threads) {
     auto& program = *static_cast<Program*>(handle);
     if (num_threads != threads()) set_threads(num_threads);
     program.broken = -1;
     while (static_cast<std::int64_t>(program.rows.size()) < rows) {
         auto row = std::make_unique<Row>();
         row->arena.resize(program.arena);
+        std::int64_t wanted = 0;
+        for (const Op& op : program.ops)
+            if (op.code == OUTPUTS) wanted = std::max(wanted, data<Outputs>(op, 0)->outputs);
+        row->integers.resize(wanted);
         for (const std::int32_t n : program.list_sizes) {
             Events events;
-            events.counts.resize(std::abs(n) + 64);
+            events.counts.resize(std::abs(n) + OUTPUTS_PADDING);
             events.value.resize(std::abs(n) + 64);
             events.index.resize(std::abs(n) + 64);
             row->lists.push_back(std::move(events));
@@ -868,6 +995,7 @@ EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, const s
     for (std::int64_t b = 0; b < rows; b++) {
         program.rows[b]->token = tokens[b];
         program.rows[b]->position = positions[b];
+        program.rows[b]->within = within;
         program.rows[b]->state = state + b * num_states;
         program.rows[b]->slots = num_slots;
         for (const Op& op : program.ops) {
@@ -890,6 +1018,8 @@ EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, const s
         Row& row = *program.rows[b];
         std::memcpy(logits + b * num_logits, row.arena.data() + logits_at,
                     num_logits * sizeof(float));
+        for (const Op& op : program.ops)
+            counters[2] += bytes_read(op, row);
         for (std::size_t l = 0; l < row.lists.size(); l++) {
             // A negative size marks spikes that enter no matrix.
             if (program.list_sizes[l] < 0 || row.lists[l].fired < 0) continue;

@@ -7,17 +7,11 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <mutex>
 #include <new>
 #include <string_view>
-#include <vector>
 
 #include "matrix_steps.h"
-#include "pool.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "memory.h"
 
 namespace {
 
@@ -36,76 +30,6 @@ int64_t per_block(int bits) { return BLOCK * 8 / bits; }
 
 // Which output of a block its byte p holds (in the low half, for int4).
 constexpr int output_of(int p) { return 16 * (p >> 2 & 3) + 4 * (p >> 4) + (p & 3); }
-
-// ---- memory
-
-#if defined(__linux__)
-
-// Matrices lie in chunks that the kernel may back with huge pages: a page table walk per row would
-// cost a quarter of the bandwidth, and one matrix alone is often smaller than such a page.
-constexpr int64_t HUGE_PAGE = int64_t{1} << 21, CHUNK = int64_t{1} << 26, ALIGNMENT = 4096;
-
-struct Chunk {
-    uint8_t* base;  // aligned to a huge page
-    int64_t size, used, matrices;
-    void* mapping;
-    std::size_t mapped;
-};
-
-std::mutex chunks_mutex;
-// Never destroyed: matrices may outlive static objects when Python exits.
-std::vector<Chunk>& chunks = *new std::vector<Chunk>;
-
-int64_t aligned(int64_t bytes, int64_t to) { return (bytes + to - 1) / to * to; }
-
-uint8_t* allocate(int64_t bytes) {
-    bytes = std::max(aligned(bytes, ALIGNMENT), ALIGNMENT);
-    const std::lock_guard lock(chunks_mutex);
-    for (Chunk& chunk : chunks)
-        if (chunk.size - chunk.used >= bytes) {
-            uint8_t* data = chunk.base + chunk.used;
-            chunk.used += bytes;
-            ++chunk.matrices;
-            return data;
-        }
-    const int64_t size = std::max(aligned(bytes, HUGE_PAGE), CHUNK);
-    const std::size_t mapped = size + HUGE_PAGE;
-    void* mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapping == MAP_FAILED) return nullptr;
-    auto* base = reinterpret_cast<uint8_t*>(
-        aligned(reinterpret_cast<std::intptr_t>(mapping), HUGE_PAGE));
-    madvise(base, size, MADV_HUGEPAGE);  // without it everything works, slower
-    chunks.push_back({base, size, bytes, 1, mapping, mapped});
-    return base;
-}
-
-void release(uint8_t* data, int64_t bytes) {
-    const std::lock_guard lock(chunks_mutex);
-    const auto chunk = std::find_if(chunks.begin(), chunks.end(), [&](const Chunk& c) {
-        return data >= c.base && data < c.base + c.size;
-    });
-    if (--chunk->matrices == 0) {
-        munmap(chunk->mapping, chunk->mapped);
-        chunks.erase(chunk);
-        return;
-    }
-    // The address range waits for the chunk's other matrices, the memory does not.
-    const int64_t begin = aligned(data - chunk->base, HUGE_PAGE);
-    const int64_t end = (data - chunk->base + bytes) / HUGE_PAGE * HUGE_PAGE;
-    if (end > begin) madvise(chunk->base + begin, end - begin, MADV_DONTNEED);
-}
-
-#else
-
-constexpr std::align_val_t ALIGNMENT{4096};
-
-uint8_t* allocate(int64_t bytes) {
-    return static_cast<uint8_t*>(::operator new(bytes, ALIGNMENT, std::nothrow));
-}
-
-void release(uint8_t* data, int64_t) { ::operator delete(data, ALIGNMENT); }
-
-#endif
 
 // ---- plain C++
 
@@ -146,6 +70,11 @@ int64_t scalar_list(const int8_t* counts, int64_t n, int32_t* index, int8_t* val
     return events;
 }
 
+template <int BITS>
+int32_t scalar_dot(const uint8_t* row, const int8_t* counts, int64_t bytes) {
+    return plain_dot<BITS>(row, counts, bytes);
+}
+
 }  // namespace
 
 const Steps scalar_steps = {
@@ -154,6 +83,7 @@ const Steps scalar_steps = {
     {scalar_correction<128>, scalar_correction<8>},
     scalar_list,
     {1.0, 1.0},
+    {scalar_dot<8>, scalar_dot<4>},
 };
 
 namespace {
@@ -182,15 +112,6 @@ Isa from_environment() {
 std::atomic<Isa>& chosen() {
     static std::atomic<Isa> value = from_environment();
     return value;
-}
-
-const Steps& steps() {
-#if HAS_X86_STEPS
-    const Isa now = isa();
-    if (now == AVX512) return avx512_steps;
-    if (now == AVX2) return avx2_steps;
-#endif
-    return scalar_steps;
 }
 
 // ---- panels
@@ -284,6 +205,15 @@ void run(const Matrix& m, const int32_t* index, const int8_t* value, int64_t qua
 
 }  // namespace
 
+const Steps& steps() {
+#if HAS_X86_STEPS
+    const Isa now = isa();
+    if (now == AVX512) return avx512_steps;
+    if (now == AVX2) return avx2_steps;
+#endif
+    return scalar_steps;
+}
+
 Isa isa() { return chosen().load(std::memory_order_relaxed); }
 
 bool set_isa(Isa wanted) {
@@ -372,10 +302,14 @@ void dense_product(const Matrix& m, const int8_t* counts, int64_t tile_begin, in
     run(m, nullptr, counts, m.inputs / 4, tile_begin, tile_end, correction, out);
 }
 
+bool reads_all(const Matrix& m, int64_t events) {
+    const double active = steps().break_even[m.bits == 8 ? 0 : 1] * static_cast<double>(m.inputs);
+    return static_cast<double>(events) > active;
+}
+
 void product(const Matrix& m, const int8_t* counts, const int32_t* index, const int8_t* value,
              int64_t events, int64_t tile_begin, int64_t tile_end, int32_t* out) {
-    const double active = steps().break_even[m.bits == 8 ? 0 : 1] * static_cast<double>(m.inputs);
-    if (static_cast<double>(events) > active)
+    if (reads_all(m, events))
         dense_product(m, counts, tile_begin, tile_end, out);
     else
         event_product(m, index, value, events, tile_begin, tile_end, out);

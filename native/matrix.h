@@ -44,7 +44,8 @@ std::int64_t list_events(const std::int8_t* counts, std::int64_t n, std::int32_t
 
 // out [outputs] int32 = counts x weights for the outputs of tiles [tile_begin, tile_end), counts
 // in -127..127. The event form reads the rows in the list, the dense form all of them in order;
-// `product` takes the one that is faster for so many events.
+// `product` takes the one that is faster for so many events: the dense one if it `reads_all`.
+bool reads_all(const Matrix& matrix, std::int64_t events);
 void event_product(const Matrix& matrix, const std::int32_t* index, const std::int8_t* value,
                    std::int64_t events, std::int64_t tile_begin, std::int64_t tile_end,
                    std::int32_t* out);

@@ -116,6 +116,11 @@ TARGET std::int64_t list(const std::int8_t* counts, std::int64_t n, std::int32_t
     return events;
 }
 
+template <int BITS>
+TARGET std::int32_t dot(const std::uint8_t* row, const std::int8_t* counts, std::int64_t bytes) {
+    return plain_dot<BITS>(row, counts, bytes);
+}
+
 }  // namespace
 
 const Steps avx2_steps = {
@@ -124,6 +129,7 @@ const Steps avx2_steps = {
     {correction<8>, correction<4>},
     list,
     {0.75, 0.8},
+    {dot<8>, dot<4>},
 };
 
 #endif

@@ -121,6 +121,25 @@ TARGET std::int64_t list(const std::int8_t* counts, std::int64_t n, std::int32_t
     return events;
 }
 
+template <int BITS>
+TARGET std::int32_t dot(const std::uint8_t* row, const std::int8_t* counts, std::int64_t bytes) {
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+    for (std::int64_t at = 0; at < bytes; at += 64) {
+        const __m512i weights = _mm512_loadu_si512(row + at);
+        if (BITS == 8) {
+            __m512i& sum = sums[at / 64 % 2];
+            sum = _mm512_dpbusd_epi32(sum, weights, _mm512_loadu_si512(counts + at));
+            continue;
+        }
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(weights, 4), low);
+        sums[0] = _mm512_dpbusd_epi32(sums[0], _mm512_and_si512(weights, low),
+                                      _mm512_loadu_si512(counts + 2 * at));
+        sums[1] = _mm512_dpbusd_epi32(sums[1], high, _mm512_loadu_si512(counts + 2 * at + 64));
+    }
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(sums[0], sums[1]));
+}
+
 }  // namespace
 
 const Steps avx512_steps = {
@@ -129,6 +148,7 @@ const Steps avx512_steps = {
     {correction<128>, correction<8>},
     list,
     {0.72, 0.9},
+    {dot<8>, dot<4>},
 };
 
 #endif

@@ -23,6 +23,10 @@ struct Step {
     std::int32_t* sums;  // [outputs of the strip], added to
 };
 
+// An output's bytes (outputs.h) times the counts.
+using Dot = std::int32_t (*)(const std::uint8_t* row, const std::int8_t* counts,
+                             std::int64_t bytes);
+
 // What the stored weights' offset, and whatever else depends on the counts alone, adds to a sum.
 using Correction = std::int32_t (*)(const std::int8_t* value, std::int64_t n);
 
@@ -32,7 +36,25 @@ struct Steps {
     Correction correction[2];
     std::int64_t (*list)(const std::int8_t*, std::int64_t, std::int32_t*, std::int8_t*);
     double break_even[2];  // share of active inputs above which the dense form is faster
+    Dot dot[2];
 };
+
+const Steps& steps();  // of the instruction set in use
+
+template <int BITS>
+INLINE std::int32_t plain_dot(const std::uint8_t* row, const std::int8_t* counts,
+                              std::int64_t bytes) {
+    std::int32_t sum = 0;
+    if (BITS == 8) {
+        for (std::int64_t i = 0; i < bytes; ++i) sum += std::int32_t{row[i]} * counts[i];
+        return sum;
+    }
+    for (std::int64_t at = 0; at < bytes; at += 64) {
+        const std::int8_t *low = counts + 2 * at, *high = low + 64;
+        for (int p = 0; p < 64; ++p) sum += (row[at + p] & 15) * low[p] + (row[at + p] >> 4) * high[p];
+    }
+    return sum;
+}
 
 extern const Steps scalar_steps;
 #if HAS_X86_STEPS

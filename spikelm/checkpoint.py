@@ -183,6 +183,7 @@ def use_coding(model: LanguageModel, config: dict[str, Any], where: Path | str) 
     names = {projection.neuron.name for projection in coded.projections(model)}
     given = coding if isinstance(coding, dict) else {}
     bits, group_size = given.get("bits"), given.get("group_size")
+    gated, allowed = given.get("gated", []), [*coded.gated_projections(model)]
     if isinstance(bits, int):
         bits = dict.fromkeys(names, bits)
     if not (
@@ -191,14 +192,18 @@ def use_coding(model: LanguageModel, config: dict[str, Any], where: Path | str) 
         and all(type(own) is int and own in coded.LEVELS for own in bits.values())
         and type(group_size) is int
         and group_size >= 1
+        and isinstance(gated, list)
+        and all(name in allowed for name in gated)
     ):
         shown = repr(coding)
         raise CheckpointError(
             f"{where}: config.json: spike_coding is "
             f"{shown if len(shown) < 100 else shown[:100] + ' ...'}; allowed: bits 4 or 8, once "
-            "or for every projection by its name, and group_size 1 or more"
+            "or for every projection by its name, group_size 1 or more, and gated a list of ReGLU "
+            "projections"
         )
     coded.use_coded_linears(model, group_size, bits)
+    coded.use_gates(model, gated)
     return True
 
 

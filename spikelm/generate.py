@@ -69,8 +69,13 @@ class Engine:
         return logits[:, -1, :vocabulary], state
 
     @torch.inference_mode()
-    def step(self, ids: Tensor, state: State, *, in_place: bool = False) -> tuple[Tensor, State]:
+    def step(
+        self, ids: Tensor, state: State, *, in_place: bool = False, within: float | None = None
+    ) -> tuple[Tensor, State]:
         """One token for each of B sequences: ids [B] -> logits [B, N], and the state.
+
+        `within` says which logits matter: those so far below the largest. Others may be estimates,
+        where exact ones would have to read the whole head.
 
         `in_place` lets native code write into `state`, which whoever owns it may: copying a large
         state takes longer than updating it.
@@ -81,9 +86,9 @@ class Engine:
             logits, state = self.model(ids[:, None], state, probe=self._count)
             return logits[:, -1, :vocabulary], state
         state = state if in_place else state.clone()
-        logits, silent, total = self.program.run(ids, state)
-        self._silent += silent
-        self._total += total
+        logits, counts = self.program.run(ids, state, within)
+        self._silent += counts.silent
+        self._total += counts.total
         return logits[:, :vocabulary], state
 
     def _count(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
@@ -168,6 +173,7 @@ class Generation:
     def __iter__(self) -> Iterator[Chunk]:
         tokenizer = self.engine.tokenizer
         decoder, sampler = tokenizer.stream(), Sampler(self.params, self.prompt)
+        within = self.params.logits_within
         logits, state = self.engine.prefill(self.prompt, self.state)
         self.state = state = state.clone()
         held = ""
@@ -190,7 +196,9 @@ class Generation:
             if ready:
                 yield Chunk(ready, tuple(unseen), None)
                 unseen = []
-            logits, state = self.engine.step(torch.tensor([token]), state, in_place=True)
+            logits, state = self.engine.step(
+                torch.tensor([token]), state, in_place=True, within=within
+            )
             self.state = state
         yield Chunk("", (), "length")
 

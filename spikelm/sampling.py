@@ -14,6 +14,13 @@ from torch import Tensor
 
 from spikelm.errors import RequestError, SpikelmError
 
+MATTERS = 9.0
+"""Logits so far below the largest, in units of the temperature, may be estimates: a token with less
+than e^-9 of the highest probability."""
+
+SORTED_AT_FIRST = 512
+"""Tokens among which a draw is looked for first."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -52,6 +59,14 @@ class SamplingParams:
         self._check_integer("top_k", 1, optional=True)
         self._check_integer("seed", -(2**63), optional=True)
         self._check_integer("max_tokens", 1)
+
+    @property
+    def logits_within(self) -> float | None:
+        """How far below the largest a logit still matters to the draw; None if all do."""
+        penalties = (self.presence_penalty, self.frequency_penalty)
+        if self.repetition_penalty != 1 or penalties != (0, 0):
+            return None
+        return self.temperature * MATTERS
 
     def _check_number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
@@ -95,7 +110,8 @@ class Sampler:
         """
         assert logits.dim() == 1, f"logits of one token expected, got {tuple(logits.shape)}"
         scores = logits.detach().to("cpu", torch.float32)
-        if not bool(torch.isfinite(scores).all()):
+        # One pass: NaN is the extreme of anything.
+        if not bool(torch.isfinite(torch.stack(scores.aminmax())).all()):
             bad = int((~torch.isfinite(scores)).sum())
             raise SpikelmError(
                 f"{bad} of {scores.numel()} logits are NaN or infinite; the model's weights or "
@@ -125,17 +141,40 @@ class Sampler:
         return scores - params.presence_penalty * (self._counts > 0)
 
     def _draw(self, scores: Tensor) -> int:
-        params = self.params
-        # Sorted, every filter is a shorter prefix; ties keep the order of their ids.
-        ordered, ids = torch.sort(scores, descending=True, stable=True)
+        params, N = self.params, scores.numel()
         # Shifted, and never divided by a subnormal number: both keep exp() finite.
-        ordered = (ordered - ordered[0]) / max(params.temperature, 1e-30)
-        cumulative = torch.exp(ordered[: params.top_k]).double().cumsum(0)
-        kept = cumulative.numel()
-        if params.top_p < 1:
-            kept = int((cumulative < params.top_p * cumulative[-1]).sum()) + 1
-        if params.min_p > 0:
-            kept = min(kept, int((torch.exp(ordered) >= params.min_p).sum()))
+        largest, temperature = scores.max(), max(params.temperature, 1e-30)
+        limit = N if params.top_k is None else min(params.top_k, N)
+        total = torch.exp((scores - largest) / temperature).sum(dtype=torch.float64)
+        filtered = params.top_p < 1 or params.min_p > 0
         uniform = torch.rand((), generator=self._generator, dtype=torch.float64)
-        place = torch.searchsorted(cumulative[:kept], uniform * cumulative[kept - 1], right=True)
-        return int(ids[min(int(place), kept - 1)])
+        # Sorted, every filter is a shorter prefix. Sorting all would take longer than many models
+        # take for the logits, so the prefix grows until the draw falls into it.
+        size = limit if params.top_k is not None else min(limit, SORTED_AT_FIRST)
+        while True:
+            ordered, ids = _largest(scores, size)
+            weights = torch.exp((ordered - largest) / temperature)
+            cumulative = weights.double().cumsum(0)
+            mass = cumulative[-1] if size == limit else total
+            kept = limit
+            if params.top_p < 1:
+                kept = min(kept, int((cumulative < params.top_p * mass).sum()) + 1)
+            if params.min_p > 0:
+                enough = int((weights >= params.min_p).sum())
+                kept = min(kept, limit if enough == size else enough)
+            if kept <= size:
+                mass = cumulative[kept - 1]
+            place = int(torch.searchsorted(cumulative[:kept], uniform * mass, right=True))
+            if size == limit or (place < size and (kept <= size or not filtered)):
+                return int(ids[min(place, kept - 1)])
+            size = min(limit, size * 16)
+
+
+def _largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest and their ids, in order; ties keep the order of their ids."""
+    candidates = torch.arange(scores.numel())
+    if n < scores.numel():
+        floor = torch.topk(scores, n, sorted=False).values.min()
+        candidates = (scores >= floor).nonzero()[:, 0]
+    ordered, places = torch.sort(scores[candidates], descending=True, stable=True)
+    return ordered[:n], candidates[places[:n]]

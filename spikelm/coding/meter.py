@@ -41,6 +41,8 @@ class Tally:
     """Tokens x channels."""
     silent: int = 0
     """Exact zeros among them."""
+    zero_inputs: int = 0
+    """Exact zeros among what the neurons got."""
     spikes: int = 0
     """Ones in the bitwise train of |count|; the non-zero entries of an off neuron are none."""
     largest: int = 0
@@ -51,6 +53,10 @@ class Tally:
     @property
     def silent_fraction(self) -> float:
         return self.silent / self.entries if self.entries else 0.0
+
+    @property
+    def zero_input_fraction(self) -> float:
+        return self.zero_inputs / self.entries if self.entries else 0.0
 
     @property
     def code(self) -> tuple[Code, int] | None:
@@ -75,6 +81,7 @@ class Meter:
         tally = self.tallies.setdefault(neuron.name, Tally(neuron))
         tally.entries += spikes.values.numel()
         tally.silent += int((spikes.values == 0).sum())
+        tally.zero_inputs += int((x == 0).sum())
         if spikes.counts is None:
             return
         magnitude = spikes.counts.abs().to(torch.int32)

@@ -24,7 +24,14 @@ from spikelm.conversion.calibrate import calibrate
 from spikelm.conversion.quantise import compensate
 from spikelm.errors import CheckpointError, ConfigError, did_you_mean
 from spikelm.kernels.event import MAX_COUNT
-from spikelm.models.coded import LEVELS, coded_copy, coding, projections
+from spikelm.models.coded import (
+    LEVELS,
+    coded_copy,
+    coding,
+    gated_projections,
+    projections,
+    use_gates,
+)
 from spikelm.models.spikelm import LanguageModel
 
 FORMAT = "spikelm-spikes-1"
@@ -88,6 +95,7 @@ def convert(
     with torch.inference_mode():
         for window in windows.split(1):
             model(window, probe=meter)
+    use_gates(model, _mostly_closed(model, meter.tallies))
     manifest = {
         "format": FORMAT,
         "source": {"name": loaded.name, "fingerprint": loaded.fingerprint},
@@ -103,6 +111,17 @@ def convert(
     }
     checkpoint.save(out, model, loaded.tokenizer, manifest=manifest)
     return manifest
+
+
+def _mostly_closed(model: LanguageModel, tallies: Mapping[str, Tally]) -> list[str]:
+    """The gated projections behind whose gates less is read by output than by input: their gates
+    are open less often than their inputs fire.
+    """
+    return [
+        name
+        for name, behind in gated_projections(model).items()
+        if 1 - tallies[behind.neuron.name].zero_input_fraction < 1 - tallies[name].silent_fraction
+    ]
 
 
 def coded_config(config: ModelConfig) -> ModelConfig:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spikelm.decoder.program import Code, Program
 from spikelm.kernels.gla import fixed_log_decay
+from spikelm.kernels.outputs import Gated, Halves
 from spikelm.kernels.rope import frequencies
 from spikelm.kernels.rows import RowMatrix
 from spikelm.models.coded import CodedLinear
@@ -91,7 +92,7 @@ class _Lowering:
         logits = program.vector(config.vocab_size)
         spikes = self._fire(model.head.neuron, self.normed, len(model.layers), "")
         program.barrier()
-        self._matvec(model.head, spikes, logits)
+        self._head(model.head, spikes, logits)
         program.finish(logits, config.vocab_size)
 
     def _layer(self, index: int, layer: Layer) -> None:
@@ -269,8 +270,71 @@ class _Lowering:
         self._add(ffn.output, hidden, activation="squared_relu", gate=gated)
 
     def _gated(self, ffn: GatedFFN) -> None:
-        projected = self._project(ffn.input, self.normed)
+        linear = ffn.input.linear
+        assert isinstance(linear, CodedLinear)
+        if isinstance(linear.table, Gated):
+            projected = self._behind_gates(ffn.input, linear.table)
+        else:
+            projected = self._project(ffn.input, self.normed)
         self._add(ffn.output, projected, activation=ffn.kind)
+
+    def _behind_gates(self, projection: Projection, table: Gated) -> int:
+        """Gates, and what they let through as far as they are open: one vector."""
+        program, hidden = self.program, table.out_features // 2
+        spikes = self._spike(projection, self.normed)
+        program.barrier()
+        projected = program.vector(2 * hidden)
+        scale, bias = _scale_and_bias(projection)
+        assert bias is None
+        program.emit(
+            Code.MATVEC,
+            projection.neuron.name,
+            size=[False],
+            at=[projected, projected],
+            data=[table.gates.handle, scale[:hidden]],
+            spikes=spikes,
+        )
+        program.barrier()
+        wanted = program.list(hidden, counted=False)
+        program.emit(Code.OPEN, "gates", size=[hidden], at=[projected], spikes=wanted)
+        program.barrier()
+        program.emit(
+            Code.OUTPUTS,
+            projection.neuron.name,
+            size=[wanted, False],
+            at=[projected + hidden],
+            data=[table.values.handle, scale[hidden:]],
+            spikes=spikes,
+        )
+        program.barrier()
+        return projected
+
+    def _head(self, projection: Projection, spikes: int, logits: int) -> None:
+        """The logits: if weights are in halves, estimates of all and exact ones of the largest."""
+        program, linear = self.program, projection.linear
+        assert isinstance(linear, CodedLinear)
+        table = linear.table
+        if not isinstance(table, Halves):
+            self._matvec(projection, spikes, logits)
+            return
+        name, outputs = projection.neuron.name, linear.out_features
+        scale, bias = _scale_and_bias(projection)
+        upper, wanted = program.vector(outputs), program.list(outputs, counted=False)
+        for code, size, handle in (
+            (Code.ESTIMATE, [], table.upper.handle),
+            (Code.SHORTLIST, [outputs, spikes], None),
+            (Code.OUTPUTS, [wanted, True], table.lower.handle),
+        ):
+            listing = code is Code.SHORTLIST
+            program.emit(
+                code,
+                name,
+                size=size,
+                at=[logits, upper],
+                data=[scale] if listing else [handle, scale, bias],
+                spikes=wanted if listing else spikes,
+            )
+            program.barrier()
 
     def _experts(self, ffn: ExpertsFFN) -> None:
         """All experts are listed; those that the router does not choose are passed over."""
@@ -516,11 +580,7 @@ class _Lowering:
             projection.neuron.name,
             size=[add],
             at=[y, integers],
-            data=[
-                linear.table.handle,
-                linear.out_scale().contiguous(),
-                None if projection.bias is None else _float(projection.bias),
-            ],
+            data=[linear.table.handle, *_scale_and_bias(projection)],
             spikes=spikes,
         )
 
@@ -600,6 +660,12 @@ def _head_neurons(
     if len(k) > 1:
         raise NotLoweredError("queries and keys with different k")
     return k.pop(), c.max_count or 0, c.unsigned, [_float(n.dead_zone) for n in present]
+
+
+def _scale_and_bias(projection: Projection) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(projection.linear, CodedLinear)
+    bias = None if projection.bias is None else _float(projection.bias)
+    return projection.linear.out_scale().contiguous(), bias
 
 
 def _outputs(projection: Projection) -> int:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
+import math
 import operator
 import threading
 import weakref
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,21 @@ class Code(enum.IntEnum):
     MEAN = 13
     ROUTE = 14
     ADD_EXPERTS = 15
+    OPEN = 16
+    OUTPUTS = 17
+    ESTIMATE = 18
+    SHORTLIST = 19
+
+
+class Counts(NamedTuple):
+    """What one call read, summed over its sequences."""
+
+    silent: int
+    """Exact zeros among the entries that entered projections."""
+    total: int
+    """All those entries."""
+    weight_bytes: int
+    """Bytes of projections' weights that were read, each sequence reading its own."""
 
 
 class _Op(ctypes.Structure):
@@ -147,12 +163,15 @@ class Program:
         )
         weakref.finalize(self, library.spikelm_program_free, self._handle)
 
-    def run(self, tokens: Tensor, state: State) -> tuple[Tensor, int, int]:
-        """One token for each of B sequences: int64 [B]. `state` is changed in place.
+    def run(
+        self, tokens: Tensor, state: State, within: float | None = None
+    ) -> tuple[Tensor, Counts]:
+        """One token for each of B sequences: int64 [B]. `state` is changed in place. Logits more
+        than `within` below the largest may be estimates; None: all are exact.
 
-        Returns logits float32 [B, N], and how many of how many entries that entered projections
-        were silent. Raises: DataError for ids outside the vocabulary or another number of sequences
-        than the state's; SpikelmError naming the neurons whose input is not finite.
+        Returns logits float32 [B, N] and what was counted. Raises: DataError for ids outside the
+        vocabulary or another number of sequences than the state's; SpikelmError naming the neurons
+        whose input is not finite.
         """
         B = tokens.shape[0]
         start, size = self._logits
@@ -162,7 +181,7 @@ class Program:
         if low < 0 or high >= size:
             raise DataError(f"token ids {low}..{high} given; allowed: 0..{size - 1}")
         logits = torch.empty(B, size)
-        counters = (c_int64 * 2)()
+        counters = (c_int64 * 3)()
         tokens = tokens.contiguous()
         # Native code works in the program's own vectors, and Python lets other threads run.
         with self._lock:
@@ -177,6 +196,7 @@ class Program:
                 len(self._states),
                 start,
                 size,
+                math.inf if within is None else within,
                 logits.data_ptr(),
                 counters,
                 torch.get_num_threads(),
@@ -187,7 +207,7 @@ class Program:
                 "are broken"
             )
         state.position.add_(1)
-        return logits, counters[0], counters[1]
+        return logits, Counts(*counters)
 
     def _bind(self, state: State, rows: int) -> None:
         """Looks up the addresses of the state's tensors, unless they are those of the last call;
@@ -228,7 +248,7 @@ def _library() -> Any:
         (
             "spikelm_program_run",
             *(c_int64, c_void_p, c_int64, *[c_void_p] * 4),
-            *(c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int),
+            *(c_int64, c_int64, c_int64, c_float, c_void_p, c_void_p, c_int),
         ),
     ]
     for name, result, *arguments in signatures:

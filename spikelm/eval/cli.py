@@ -74,7 +74,7 @@ def main_eval(argv: list[str]) -> int:
 def build_bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spikelm bench", description="Time and memory.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{length,memory,decode,block,steps}"
+        dest="command", required=True, metavar="{length,memory,decode,head,block,steps}"
     )
     about = (
         "time to first token, time per token, peak memory and state against length, beside the "
@@ -124,6 +124,14 @@ def build_bench_parser() -> argparse.ArgumentParser:
         "--position", type=int, default=0, help="tokens that came before (%(default)s)"
     )
     decode.add_argument("--json", action="store_true", help="print one JSON object")
+    about = "what reading a head in two stages saves, and the draws that it changes"
+    head = commands.add_parser("head", help=about, description=about.capitalize() + ".")
+    head.add_argument("model", metavar="MODEL", help="spike-coded model folder")
+    head.add_argument("--data", metavar="FILE", nargs="+", help=DATA_HELP)
+    head.add_argument(
+        "--tokens", type=int, default=512, help="of the text to measure on (%(default)s)"
+    )
+    head.add_argument("--json", action="store_true", help="print one JSON object")
     about = "training speed of one layer on the CPU, beside plain loops over the tokens"
     block = commands.add_parser("block", help=about, description=about.capitalize() + ".")
     block.add_argument(
@@ -162,6 +170,7 @@ def main_bench(argv: list[str]) -> int:
         "length": _bench_length,
         "memory": _bench_memory,
         "decode": _bench_decode,
+        "head": _bench_head,
         "block": _bench_block,
         "steps": _bench_steps,
     }
@@ -201,6 +210,18 @@ def _bench_block(args: argparse.Namespace) -> int:
         dtype=args.dtype,
     )
     print(json.dumps(report, indent=2) if args.json else block_table(report))
+    return 0
+
+
+def _bench_head(args: argparse.Namespace) -> int:
+    from spikelm.corpus import read_documents
+    from spikelm.eval.head import bench_head
+    from spikelm.eval.tables import head_table
+
+    enough = BYTES_PER_TOKEN * max(1, args.tokens)
+    documents = first_bytes(read_documents(args.data), enough) if args.data else None
+    report = bench_head(args.model, documents, tokens=args.tokens)
+    print(json.dumps(report, indent=2) if args.json else head_table(report))
     return 0
 
 

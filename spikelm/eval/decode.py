@@ -206,21 +206,7 @@ class OurReader(Reader):
         if program is None:
             raise BackendError(f"this model does not decode natively: {obstacle}")
         self.program = program
-        self.silent = self.total = 0
-        self.silent_bytes = self._silent_bytes()
-
-    def _silent_bytes(self) -> float:
-        """Share of the weight bytes that silence leaves unread, of some tokens."""
-        import torch
-
-        from spikelm.coding.meter import Meter
-
-        meter = Meter()
-        with torch.inference_mode():
-            self.model(torch.arange(CALIBRATION_TOKENS)[None], probe=meter, last_only=True)
-        return self.traffic.skippable_fraction(
-            {name: tally.silent_fraction for name, tally in meter.tallies.items()}
-        )
+        self.counts, self.tokens = [0, 0, 0], 0
 
     def hold(self, tokens: int) -> None:
         self.state = self.model.initial_state(1).clone()
@@ -232,16 +218,18 @@ class OurReader(Reader):
 
         for _ in range(tokens):
             token = self.seen * 7919 % self.model.config.vocab_size
-            _, silent, total = self.program.run(torch.tensor([token]), self.state)
+            # As a greedy generation does.
+            _, counts = self.program.run(torch.tensor([token]), self.state, within=0.0)
             self.seen += 1
-            self.silent += silent
-            self.total += total
+            self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+            self.tokens += 1
 
     def facts(self) -> dict[str, Any]:
         """What the time belongs to."""
+        silent, total, weight_bytes = self.counts
         return {
-            "silent_fraction": self.silent / max(1, self.total),
-            "bytes_per_token": self.traffic.num_bytes * (1 - self.silent_bytes),
+            "silent_fraction": silent / max(1, total),
+            "bytes_per_token": self.traffic.other_bytes + weight_bytes / max(1, self.tokens),
             "weight_bytes": self.traffic.num_bytes,
             "state_bytes": self.model.initial_state(1).nbytes,
         }
@@ -255,8 +243,8 @@ def random_model(config: ModelConfig, silence: float, hidden: float, bits: int) 
     import torch
 
     from spikelm.coding.meter import DeadZones
-    from spikelm.kernels.rows import RowMatrix
-    from spikelm.models.coded import CodedLinear, projections, use_coded_linears
+    from spikelm.kernels import event
+    from spikelm.models.coded import CodedLinear, projections, use_coded_linears, use_two_stages
     from spikelm.models.layers import reset_parameters
     from spikelm.models.spikelm import LanguageModel
 
@@ -277,6 +265,7 @@ def random_model(config: ModelConfig, silence: float, hidden: float, bits: int) 
         model = LanguageModel(config)
         names = [projection.neuron.name for projection in projections(model)]
         use_coded_linears(model, 1, dict.fromkeys(names, bits) | {"head": 8})
+        use_two_stages(model)
     for projection in projections(model):
         linear = projection.linear
         assert isinstance(linear, CodedLinear)
@@ -284,7 +273,7 @@ def random_model(config: ModelConfig, silence: float, hidden: float, bits: int) 
         top = 2 ** (linear.bits - 1)
         weight = torch.randint(1 - top, top, (K, N), dtype=torch.int8, generator=generator)
         linear.weight, linear.backend = None, "native"
-        linear.table = RowMatrix(weight, linear.bits)
+        linear.table = event.pack(weight, "native", linear.bits, linear.layout)
         # Weights of variance 1 / K.
         linear.scale = torch.full((N,), (3 / K) ** 0.5 / top)
     with torch.random.fork_rng(devices=[]):

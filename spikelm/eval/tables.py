@@ -209,6 +209,32 @@ def block_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def head_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm bench head` prints."""
+    rows = [["", "exact logits", "weights read", "ms per token", "draws that differ"]]
+    whole = report["all_exact"]
+    rows.append(
+        ["all", percent(1.0), size(whole["weight_bytes"]), f"{whole['ms_per_token']:.2f}", "-"]
+    )
+    for name, found in report["draws"].items():
+        rows.append(
+            [
+                name,
+                percent(found["exact_fraction"]),
+                size(found["weight_bytes"]),
+                f"{found['ms_per_token']:.2f}",
+                f"{found['draws_that_differ']} of {found['draws']:,}",
+            ]
+        )
+    return "\n".join(
+        [
+            f"{report['name']}, {report['tokens']:,} tokens, {report['vocabulary']:,} logits",
+            "",
+            aligned(rows),
+        ]
+    )
+
+
 def steps_table(report: Mapping[str, Any]) -> str:
     """What `spikelm bench steps` prints."""
     delta, confident = report["delta"], report["confidence"]

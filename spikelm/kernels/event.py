@@ -9,17 +9,23 @@ R rows (tokens), K input neurons, N outputs.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from spikelm.errors import BackendError, did_you_mean
 from spikelm.kernels import rows
+from spikelm.kernels.outputs import Gated, Halves
 from spikelm.kernels.rows import MAX_COUNT as MAX_COUNT
 from spikelm.kernels.rows import RowMatrix
 
-Table = Tensor | RowMatrix
+Table = Tensor | RowMatrix | Gated | Halves
 """Weights in a backend's own layout."""
+
+Layout = Literal["rows", "gated", "halves"]
+"""How `native` lays out a matrix; the other backends know rows only."""
 
 BACKENDS = ("native", "embedding_bag_int8", "embedding_bag_float", "matmul")
 """In the order `auto` tries them."""
@@ -53,14 +59,17 @@ def resolve(backend: str, device_type: str = "cpu") -> str:
     return backend
 
 
-def pack(weight: Tensor, backend: str, bits: int = 8) -> Table:
+def pack(weight: Tensor, backend: str, bits: int = 8, layout: Layout = "rows") -> Table:
     """The int8 weights [K, N] in the backend's own layout; `matmul` takes them as they are. Only
-    `native` makes less of `bits` = 4 (weights in -8..7).
+    `native` makes less of `bits` = 4 (weights in -8..7), and has another `layout` than rows
+    (`kernels.outputs`; halves are for 8 bits).
 
     Raises: BackendError for a shape that `native` cannot hold.
     """
     if backend == "native":
-        return RowMatrix(weight, bits)
+        if layout == "halves" and bits == 8:
+            return Halves(weight)
+        return Gated(weight, bits) if layout == "gated" else RowMatrix(weight, bits)
     if backend == "matmul":
         return weight
     if backend == "embedding_bag_float":
@@ -73,16 +82,16 @@ def pack(weight: Tensor, backend: str, bits: int = 8) -> Table:
 
 def row_bytes(table: Table) -> int:
     """What the weights of one input neuron take."""
-    if isinstance(table, RowMatrix):
-        return table.row_bytes
-    return table.shape[1] * table.element_size()
+    if isinstance(table, Tensor):
+        return table.shape[1] * table.element_size()
+    return table.nbytes // table.in_features
 
 
 def product(counts: Tensor, table: Table, backend: str) -> Tensor:
     """counts [R, K] (integers of any dtype, |count| <= 127) times the packed weights -> the exact
     integers [R, N], as float32, or as float64 where they may not fit.
     """
-    if isinstance(table, RowMatrix):
+    if not isinstance(table, Tensor):
         R, K = counts.shape
         few = R <= EVENT_ROWS or int(counts.count_nonzero()) <= EVENT_ROWS * K
         sums = table.product(counts) if few else _integer_gemm(counts, table.dense, "matmul")

@@ -5,7 +5,7 @@ y = v_threshold * scale * (W counts),   the product in exact integers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,12 +14,17 @@ from torch.nn import functional as F
 
 from spikelm.config import ModelConfig
 from spikelm.kernels import event
+from spikelm.models.ffn import GatedFFN
 from spikelm.models.layers import Linear, Projection
-from spikelm.models.spikelm import LanguageModel
+from spikelm.models.spikelm import LanguageModel, Layer
 from spikelm.neurons import Spikes
 
 LEVELS = {8: (-127, 127), 4: (-8, 7)}
 """Smallest and largest integer weight, by its bits."""
+
+TWO_STAGE_OUTPUTS = 8192
+"""Heads of so many 8-bit logits are laid out in halves, so that a token reads little more than the
+upper ones. Of fewer logits too many matter."""
 
 _FOUR_BIT_OFFSET = 8
 # Sizes of one 4-bit level to choose from, relative to the one that clamps nothing. 7/8 of it still
@@ -48,6 +53,8 @@ class CodedLinear(nn.Module):
         self.register_buffer("weight", None)
         self.register_buffer("scale", None)
         self.fill(torch.zeros(in_features, out_features, dtype=torch.int8), torch.zeros(groups))
+        self.layout: event.Layout = "rows"
+        """What `pack` for `native` makes of the weights."""
         self.backend = "matmul"
         self.table: event.Table | None = None
 
@@ -79,7 +86,7 @@ class CodedLinear(nn.Module):
         assert self.weight is not None
         if backend == "matmul" and self.bits == 8:
             return
-        self.table = event.pack(self.integers(), backend, self.bits)
+        self.table = event.pack(self.integers(), backend, self.bits, self.layout)
         self.backend = backend
         self.weight = None
 
@@ -202,18 +209,49 @@ def coded_copy(
 
 
 def coding(model: LanguageModel) -> dict[str, Any]:
-    """How a spike-coded model's weights are stored, as JSON types: `group_size`, and `bits` as in
-    `use_coded_linears`.
+    """How a spike-coded model's weights are stored, as JSON types: `group_size`, `bits` as in
+    `use_coded_linears`, and where there are any, the `gated` projections (`use_gates`).
     """
     linears = {
         p.neuron.name: p.linear for p in projections(model) if isinstance(p.linear, CodedLinear)
     }
     bits = {name: linear.bits for name, linear in linears.items()}
     alike = len(set(bits.values())) == 1
+    gated = [name for name, linear in linears.items() if linear.layout == "gated"]
     return {
         "bits": next(iter(bits.values())) if alike else bits,
         "group_size": next(iter(linears.values())).group_size,
+        **({"gated": gated} if gated else {}),
     }
+
+
+def gated_projections(model: LanguageModel) -> dict[str, Projection]:
+    """By its name, each projection whose first half is ReLU gates of the second; and the population
+    that gets their product.
+    """
+    found = {}
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        if isinstance(layer.ffn, GatedFFN) and layer.ffn.kind == "reglu":
+            found[layer.ffn.input.neuron.name] = layer.ffn.output
+    return found
+
+
+def use_gates(model: LanguageModel, names: Collection[str]) -> None:
+    """Native code reads the second half of these projections (of `gated_projections`) by output:
+    only what stands behind open gates.
+    """
+    for projection in projections(model):
+        linear = projection.linear
+        if isinstance(linear, CodedLinear) and projection.neuron.name in names:
+            linear.layout = "gated"
+
+
+def use_two_stages(model: LanguageModel) -> None:
+    """Native code reads a large 8-bit head in two stages, where not all logits are asked for."""
+    head = model.head.linear
+    if isinstance(head, CodedLinear) and head.out_features >= TWO_STAGE_OUTPUTS and head.bits == 8:
+        head.layout = "halves"
 
 
 def projections(model: LanguageModel) -> list[Projection]:
@@ -224,6 +262,7 @@ def projections(model: LanguageModel) -> list[Projection]:
 def pack(model: LanguageModel, backend: str) -> None:
     """Resolves `backend` once and lays out every spike-coded linear for it."""
     chosen = event.resolve(backend, model.device.type)
+    use_two_stages(model)
     for projection in projections(model):
         if isinstance(projection.linear, CodedLinear):
             projection.linear.pack(chosen)

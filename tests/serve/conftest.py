@@ -47,7 +47,9 @@ class FakeEngine:
         last = torch.tensor([[0.0, *map(float, ids)][-2:]])
         return self._logits(last, 0), State(({"last": last},), torch.tensor([0]))
 
-    def step(self, ids: Tensor, state: State, *, in_place: bool = False) -> tuple[Tensor, State]:
+    def step(
+        self, ids: Tensor, state: State, *, in_place: bool = False, within: float | None = None
+    ) -> tuple[Tensor, State]:
         if self.error is not None:
             raise self.error
         time.sleep(self.delay)

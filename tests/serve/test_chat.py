@@ -53,11 +53,11 @@ def test_interrupt_stops_the_answer_only(
     engine = make_engine("0123456789" * 5)
     step = engine.step
 
-    def interrupted_step(ids: Any, state: Any, *, in_place: bool) -> Any:
+    def interrupted_step(ids: Any, state: Any, **options: Any) -> Any:
         if engine.steps == 4:
             engine.steps += 1
             raise KeyboardInterrupt
-        return step(ids, state, in_place=in_place)
+        return step(ids, state, **options)
 
     engine.step = interrupted_step
     out = session(engine, "one\ntwo\n", monkeypatch, capsys)

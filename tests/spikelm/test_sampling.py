@@ -185,3 +185,37 @@ def test_a_draw_is_one_of_the_tokens_the_filters_keep(
         assert relative > 0.999 * min_p
     else:
         assert logits[token] >= max(logits) - 2
+
+
+def by_sorting_everything(scores: torch.Tensor, params: SamplingParams, uniform: float) -> int:
+    """The draw as its definition says: sort, filter, find the place."""
+    ordered, ids = torch.sort(scores, descending=True, stable=True)
+    weights = torch.exp((ordered - ordered[0]) / params.temperature).double()[: params.top_k]
+    cumulative = weights.cumsum(0)
+    kept = int((cumulative < params.top_p * cumulative[-1]).sum()) + 1
+    kept = min(kept, int((weights >= params.min_p).sum()), len(weights))
+    return int(
+        ids[int((cumulative[:kept] <= uniform * cumulative[kept - 1]).sum().clamp(max=kept - 1))]
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"top_p": 0.9}, {"top_p": 0.999}, {"min_p": 0.01}, {"top_k": 7}, {"temperature": 2.0}]
+    + [{"top_k": 3000, "top_p": 0.99}, {"top_p": 0.95, "min_p": 0.3, "temperature": 0.5}],
+)
+def test_a_draw_sorts_only_what_it_needs(fields: dict[str, float]) -> None:
+    g = torch.Generator().manual_seed(0)
+    for seed, spread in enumerate([0.0, 0.1, 1.0, 4.0, 20.0] * 4):
+        scores = (torch.randn(5000, generator=g) * spread).round(decimals=1)  # with ties
+        params = SamplingParams(seed=seed, **fields)  # type: ignore[arg-type]
+        uniform = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        found = Sampler(params).sample(scores)
+        assert found == by_sorting_everything(scores, params, float(uniform)), (fields, spread)
+
+
+def test_which_logits_matter() -> None:
+    assert SamplingParams(temperature=0).logits_within == 0
+    assert SamplingParams(temperature=0.5).logits_within == pytest.approx(4.5)
+    assert SamplingParams(temperature=0, frequency_penalty=0.1).logits_within is None
+    assert SamplingParams(repetition_penalty=1.1).logits_within is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,13 +12,14 @@ import pytest
 import torch
 
 from spikelm import checkpoint
-from spikelm.config import ModelConfig
+from spikelm.config import FFNConfig, ModelConfig, NeuronConfig, NeuronsConfig
 from spikelm.conversion.convert import convert
 from spikelm.decoder import native_program
 from spikelm.decoder.program import MIN_ROOM
-from spikelm.errors import DataError, SpikelmError
+from spikelm.errors import CheckpointError, DataError, SpikelmError
 from spikelm.generate import Engine
 from spikelm.kernels import rows
+from spikelm.kernels.outputs import Halves
 from spikelm.models.spikelm import LanguageModel
 from spikelm.state import State
 from spikelm.tokenizer import Tokenizer
@@ -143,3 +146,79 @@ def test_what_would_be_read_out_of_bounds(engine: Engine, ids: list[int], messag
     _, state = engine.prefill([1, 2, 3])
     with pytest.raises(DataError, match=message):
         engine.step(torch.tensor(ids), state)
+
+
+def coded(model: LanguageModel, folder: Path) -> Path:
+    checkpoint.save(folder / "float", model, Tokenizer.bytes())
+    g = torch.Generator().manual_seed(0)
+    convert(folder / "float", folder / "coded", torch.randint(0, 257, (4, 48), generator=g))
+    return folder / "coded"
+
+
+def walk(engine: Engine, within: float | None = None) -> torch.Tensor:
+    """Logits of thirty tokens, one row each."""
+    state, found = engine.model.initial_state(1).clone(), []
+    for token in range(30):
+        ids = torch.tensor([token * 7 % 250])
+        logits, state = engine.step(ids, state, in_place=True, within=within)
+        found.append(logits)
+    return torch.cat(found)
+
+
+def test_the_largest_logits_of_a_head_in_two_stages_are_exact(
+    coded_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = walk(Engine(checkpoint.load(coded_folder, backend="native")))
+    monkeypatch.setattr("spikelm.models.coded.TWO_STAGE_OUTPUTS", 1)
+    engine = Engine(checkpoint.load(coded_folder, backend="native"))
+    assert isinstance(engine.model.head.linear.table, Halves)
+    assert torch.equal(walk(engine), whole), "all logits asked for: all are exact"
+    deviation = whole.std()
+    exact = []
+    for within in (0.0, 1.0):
+        found = walk(engine, within)
+        assert torch.equal(found.argmax(-1), whole.argmax(-1))
+        near = whole >= whole.amax(-1, keepdim=True) - within
+        assert torch.equal(found[near], whole[near])
+        assert (found - whole).abs().max() < 0.5 * deviation
+        exact.append(int((found == whole).sum()))
+    assert whole.shape[0] <= exact[0] < exact[1] < whole.numel() / 2
+
+
+def test_a_closed_gate_reads_no_weights(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    """The same bits as by input, from fewer bytes."""
+    fields = {"ffn": FFNConfig(kind="reglu", hidden_dim=128), "width": 64}
+    dense, quiet = NeuronConfig(), NeuronConfig(kind="integer", dead_zone=3.0, max_count=127)
+    for neuron, gated in ((dense, True), (quiet, False)):
+        neurons = NeuronsConfig(ffn_input=neuron)
+        model = LanguageModel(tiny_config(**fields, neurons=neurons)).initialise(0)
+        folder = coded(model, tmp_path / str(gated))
+        names = ["layers.0.ffn.input", "layers.1.ffn.input"]
+        config = json.loads((folder / "config.json").read_text())
+        assert config["spike_coding"].get("gated", []) == (names if gated else [])
+        found, read = [], []
+        for listed in ([], names):
+            config["spike_coding"]["gated"] = listed
+            (folder / "config.json").write_text(json.dumps(config))
+            engine = Engine(checkpoint.load(folder, backend="native"))
+            assert engine.program is not None
+            found.append(walk(engine))
+            _, counts = engine.program.run(torch.tensor([5]), engine.model.initial_state(1).clone())
+            read.append(counts.weight_bytes)
+        assert torch.equal(found[0], found[1])
+        assert (read[1] < read[0]) is gated
+        fallback = Engine(checkpoint.load(folder, backend="matmul"))
+        torch.testing.assert_close(walk(fallback), found[0], rtol=1e-3, atol=1e-3)
+
+
+def test_gates_are_those_of_the_model(coded_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(coded_folder, tmp_path / "coded")
+    file = tmp_path / "coded" / "config.json"
+    config = json.loads(file.read_text())
+    for given in (["layers.0.ffn.input"], "all", [["layers.0.ffn.input"]]):
+        config["spike_coding"]["gated"] = given
+        file.write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match="gated a list of ReGLU projections"):
+            checkpoint.load(tmp_path / "coded")

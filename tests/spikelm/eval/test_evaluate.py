@@ -274,7 +274,9 @@ class FakeEngine:
     def prefill(self, ids: Sequence[int]) -> tuple[Tensor, None]:
         return self._logits(ids[-1]), None
 
-    def step(self, ids: Tensor, state: None, *, in_place: bool = False) -> tuple[Tensor, None]:
+    def step(
+        self, ids: Tensor, state: None, *, in_place: bool = False, within: float | None = None
+    ) -> tuple[Tensor, None]:
         self.seen += ids.tolist()
         self.now += next(self.seconds)
         return self._logits(int(ids[0])), None
