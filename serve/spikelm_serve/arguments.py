@@ -4,21 +4,53 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from spikelm.errors import ConfigError
+from spikelm.eval.cli import add_spike_budget, spike_budgets
 
 if TYPE_CHECKING:
     from spikelm.generate import Engine
     from spikelm.sampling import SamplingParams
     from spikelm_serve.answer import Meter
 
+_log = logging.getLogger(__name__)
 
-def add_backend(parser: argparse.ArgumentParser) -> None:
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """What `load_engine` reads."""
     parser.add_argument(
         "--backend",
         default="auto",
         help="event-driven implementation of spike-coded models (%(default)s; see doctor)",
     )
+    add_spike_budget(parser)
+
+
+def load_engine(args: argparse.Namespace) -> tuple[Engine, dict[str, Any] | None]:
+    """The engine of the model, its thresholds raised if there is a budget: what that did is
+    logged and returned.
+
+    Raises: ConfigError for a bad budget; what `checkpoint.load` and `Throttle` raise.
+    """
+    from spikelm.checkpoint import load
+    from spikelm.corpus import read_documents
+    from spikelm.eval.budget import Throttle
+    from spikelm.eval.tables import budget_line
+    from spikelm.generate import Engine
+
+    budgets = spike_budgets(args)
+    if len(budgets) > 1:
+        raise ConfigError(f"--spike-budget {args.spike_budget} given; allowed here: one budget")
+    checkpoint = load(args.model, backend=args.backend)
+    spent = None
+    if budgets:
+        documents = read_documents(args.budget_data) if args.budget_data else None
+        spent = Throttle(checkpoint, documents).spend(budgets[0])
+        _log.info(budget_line(spent))
+    return Engine(checkpoint), spent
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

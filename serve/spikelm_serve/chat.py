@@ -8,8 +8,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from spikelm_serve.arguments import (
-    add_backend,
+    add_running,
     add_sampling,
+    load_engine,
     sampling_params,
     stats,
     use_utf8,
@@ -29,23 +30,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
     add_sampling(parser)
-    add_backend(parser)
+    add_running(parser)
     return parser
 
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    from spikelm.checkpoint import load
-    from spikelm.generate import Engine
     from spikelm_serve.conversation import Conversation
     from spikelm_serve.template import ChatTemplate
 
     params = sampling_params(args)
     use_utf8()
-    checkpoint = load(args.model, backend=args.backend)
+    engine, _ = load_engine(args)
+    checkpoint = engine.checkpoint
     template = ChatTemplate.load(checkpoint.path, checkpoint.tokenizer)
     print(f"{checkpoint.name}: {HELP}")
-    return talk(Conversation(Engine(checkpoint), template, params, args.stop))
+    return talk(Conversation(engine, template, params, args.stop))
 
 
 def talk(conversation: Conversation) -> int:

@@ -10,7 +10,7 @@ import socket
 from types import FrameType
 
 from spikelm.errors import ConfigError
-from spikelm_serve.arguments import add_backend
+from spikelm_serve.arguments import add_running, load_engine
 
 GRACE_SECONDS = 5
 
@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=2_000_000,
         help="largest request body (%(default)s)",
     )
-    add_backend(parser)
+    add_running(parser)
     return parser
 
 
@@ -41,16 +41,15 @@ def main(argv: list[str]) -> int:
     listener = listen(args.host, args.port)
     import uvicorn
 
-    from spikelm.checkpoint import load
     from spikelm.eval.inspect import describe_state
-    from spikelm.generate import Engine
     from spikelm_serve.app import create_app
     from spikelm_serve.template import ChatTemplate
 
-    checkpoint = load(args.model, backend=args.backend)
+    engine, _ = load_engine(args)
+    checkpoint = engine.checkpoint
     name = args.model_name or checkpoint.name
     app = create_app(
-        Engine(checkpoint),
+        engine,
         name,
         template=ChatTemplate.load(checkpoint.path, checkpoint.tokenizer),
         max_body_bytes=args.max_body_bytes,

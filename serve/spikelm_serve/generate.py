@@ -7,8 +7,9 @@ import json
 import sys
 
 from spikelm_serve.arguments import (
-    add_backend,
+    add_running,
     add_sampling,
+    load_engine,
     sampling_params,
     stats,
     use_utf8,
@@ -23,21 +24,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
     parser.add_argument("--prompt", required=True, help="text to continue; - reads stdin")
     add_sampling(parser)
-    add_backend(parser)
+    add_running(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     return parser
 
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    from spikelm.checkpoint import load
-    from spikelm.generate import Engine, Generation, prompt_ids
+    from spikelm.generate import Generation, prompt_ids
     from spikelm_serve.answer import Meter
 
     params = sampling_params(args)
     use_utf8()
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    engine = Engine(load(args.model, backend=args.backend))
+    engine, spent = load_engine(args)
     ids = prompt_ids(engine.tokenizer, prompt)
     meter = Meter(prompt_tokens=len(ids))
     pieces: list[str] = []
@@ -61,6 +61,7 @@ def main(argv: list[str]) -> int:
             "tokens_per_second": meter.tokens_per_second,
             "silent_fraction": engine.silent_fraction,
             "state_bytes": meter.state_bytes,
+            "spike_budget": spent,
         }
         print(json.dumps(report))
     else:

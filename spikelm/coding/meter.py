@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -112,14 +113,19 @@ class Meter:
 
 
 class DeadZones:
-    """Probe: histograms of |x| / mean|x|, exact zeros in the first bin."""
+    """Probe: histograms of |x| / mean|x|, exact zeros in the first bin; `fired` counts only the
+    entries that spike.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, fired: bool = False) -> None:
+        self.fired = fired
         self.histograms: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
         ratio = x.abs() / x.abs().mean(-1, keepdim=True).clamp(min=1e-12)
+        if self.fired:
+            ratio = ratio[spikes.values != 0]
         octave = ratio.log2().clamp(-OCTAVES, OCTAVES).float()
         histogram = torch.histc(octave, BINS, -OCTAVES, OCTAVES)
         self.histograms[neuron.name] = self.histograms.get(neuron.name, 0) + histogram
@@ -129,3 +135,12 @@ class DeadZones:
         share = self.histograms[name].cumsum(0) / self.histograms[name].sum()
         below = int((share < fraction).sum())
         return 2.0 ** (2 * OCTAVES * (below + 1) / BINS - OCTAVES) if below else 0.0
+
+
+def reached(name: str, classes: Mapping[str, str], statistics: Mapping[str, Tensor]) -> str:
+    """The population whose statistics `name` takes: its own, or, for a routed expert that no
+    token was sent to, those of the first of its tensor class that has some.
+    """
+    if name in statistics:
+        return name
+    return next(other for other in statistics if classes.get(other) == classes[name])

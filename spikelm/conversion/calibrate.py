@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spikelm.coding.meter import DeadZones
+from spikelm.coding.meter import DeadZones, reached
 from spikelm.config import WEIGHTLESS_CLASSES
 from spikelm.kernels.event import MAX_COUNT
 from spikelm.models.spikelm import LanguageModel
@@ -63,7 +63,7 @@ def calibrate(
         for window in windows.split(1):
             model(window, probe=histograms)
         for name, tensor_class in names.items():
-            found = _reached(name, names, histograms.histograms)
+            found = reached(name, names, histograms.histograms)
             zones[name] = histograms.quantile(found, silence.get(tensor_class, 0.0))
     errors = Errors(zones)
     for window in windows.split(1):
@@ -71,14 +71,5 @@ def calibrate(
     return {
         name: (K_GRID[int(errors.errors[found].argmin())], zones[found])
         for name in names
-        for found in [_reached(name, names, errors.errors)]
+        for found in [reached(name, names, errors.errors)]
     }
-
-
-def _reached(name: str, names: Mapping[str, str], statistics: Mapping[str, Tensor]) -> str:
-    """The population whose statistics `name` takes: its own, or, for a routed expert that no
-    calibration token was sent to, those of the first of its class that has some.
-    """
-    if name in statistics:
-        return name
-    return next(other for other in statistics if names.get(other) == names[name])

@@ -6,10 +6,13 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spikelm.config import presets
 from spikelm.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from spikelm.eval.budget import Budget
 
 DATA_HELP = "text files, globs or datasets to measure on instead of the built-in corpus"
 BACKEND_HELP = "event-driven implementation of spike-coded models (%(default)s)"
@@ -35,9 +38,39 @@ def build_eval_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="FILE", nargs="+", help=DATA_HELP)
     parser.add_argument("--max-bytes", type=int, metavar="N", help="use the first N bytes of text")
     parser.add_argument("--backend", default="auto", help=BACKEND_HELP)
+    add_spike_budget(parser, "several with commas give a column each; of twins, those that spike")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw bits per byte against the budgets"
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the numbers as JSON too")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
+
+
+def add_spike_budget(parser: argparse.ArgumentParser, more: str = "") -> None:
+    parser.add_argument(
+        "--spike-budget",
+        metavar="BYTES",
+        help="raise thresholds until a token reads no more weight bytes than this: 4MiB, or 60%% "
+        "of what it reads now" + (f"; {more}" if more else ""),
+    )
+    parser.add_argument(
+        "--budget-data",
+        metavar="FILE",
+        nargs="+",
+        help="text to measure the budget on (default: built-in corpus)",
+    )
+
+
+def spike_budgets(args: argparse.Namespace) -> list[Budget]:
+    """What `--spike-budget` asks for. Raises: ConfigError."""
+    from spikelm.eval.budget import parse_budget
+
+    if args.spike_budget is not None:
+        return [parse_budget(text) for text in args.spike_budget.split(",")]
+    if args.budget_data:
+        raise ConfigError("--budget-data is for a budget; give --spike-budget")
+    return []
 
 
 def main_eval(argv: list[str]) -> int:
@@ -45,14 +78,21 @@ def main_eval(argv: list[str]) -> int:
     models = labelled([args.model, *args.twin])
     from spikelm import checkpoint
     from spikelm.corpus import builtin_documents, read_documents
+    from spikelm.eval.budget import Throttle, plot_curves, raisable
     from spikelm.eval.evaluate import evaluate, xz_bits_per_byte
+    from spikelm.eval.length import require_matplotlib
     from spikelm.eval.tables import evaluation_table
 
     # A misspelt twin or report is told at once, not after the first model's minutes.
-    if args.report:
-        nearest = next(folder for folder in args.report.resolve().parents if folder.exists())
-        if args.report.is_dir() or not nearest.is_dir():
-            raise ConfigError(f"--report {args.report} is not a file's name; give one")
+    for option, file in (("--report", args.report), ("--plot", args.plot)):
+        nearest = file and next(folder for folder in file.resolve().parents if folder.exists())
+        if file and (file.is_dir() or not nearest.is_dir()):
+            raise ConfigError(f"{option} {file} is not a file's name; give one")
+    budgets = spike_budgets(args)
+    if args.plot:
+        if not budgets:
+            raise ConfigError("--plot draws a curve over budgets; give --spike-budget")
+        require_matplotlib()
     for path in models.values():
         checkpoint.read_config(Path(path))
     texts = read_documents(args.data) if args.data else builtin_documents("test")
@@ -60,13 +100,30 @@ def main_eval(argv: list[str]) -> int:
     xz = {XZ: xz_bits_per_byte(documents)}
     if not args.data:
         xz[XZ_AFTER] = xz_bits_per_byte(documents, builtin_documents("train"))
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for label, path in models.items():
+        loaded = checkpoint.load(path, backend=args.backend)
+        if not budgets or (curves and not raisable(loaded.model)):
+            curves[label] = [evaluate(loaded, documents)]
+            continue
+        throttle = Throttle(loaded, read_documents(args.budget_data) if args.budget_data else None)
+        for budget in budgets:
+            throttle.limit(budget)
+        curves[label] = [
+            {"spike_budget": throttle.spend(budget), **evaluate(loaded, documents)}
+            for budget in budgets
+        ]
     evaluations = {
-        label: evaluate(path, documents, backend=args.backend) for label, path in models.items()
+        f"{label} {found['spike_budget']['asked']}" if "spike_budget" in found else label: found
+        for label, curve in curves.items()
+        for found in curve
     }
     report = {"models": evaluations, **xz}
     if args.report:
         flat = {label: {**found, XZ: xz[XZ]} for label, found in evaluations.items()}
         write_json(args.report, {**flat, **xz})
+    if args.plot:
+        plot_curves(curves, args.plot)
     print(json.dumps(report, indent=2) if args.json else evaluation_table(report))
     return 0
 

@@ -12,7 +12,7 @@ import lzma
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spikelm import checkpoint
+from spikelm.checkpoint import Checkpoint
 from spikelm.coding.meter import Meter, code_of
 from spikelm.corpus import builtin_documents
 from spikelm.errors import CheckpointError, ConfigError, DataError
@@ -40,13 +41,14 @@ PROMPT_TOKENS = 16
 
 
 def evaluate(
-    path: str | Path,
+    source: str | Path | Checkpoint,
     documents: Sequence[str] | None = None,
     *,
     backend: str = "auto",
     decode_tokens: int = 64,
 ) -> dict[str, Any]:
-    """Everything measured about the model folder `path`, as JSON types.
+    """Everything measured about the model folder `source`, as JSON types; a loaded one is taken
+    as it is, and `backend` does not apply.
 
     `documents` are held-out texts (the built-in corpus' test split by default). Bits per byte
     count all nats, those of the end of every document included, over the texts' UTF-8 bytes.
@@ -60,7 +62,7 @@ def evaluate(
         raise ConfigError(f"decode_tokens: {decode_tokens} given; allowed: 1 or more")
     texts = builtin_documents("test") if documents is None else documents
     size = len(_utf8(texts))
-    loaded = checkpoint.load(path, backend=backend)
+    loaded = source if isinstance(source, Checkpoint) else checkpoint.load(source, backend=backend)
     model, meter = loaded.model, Meter()
     stream = token_stream(loaded.tokenizer, texts)
     nats, state = score(model, stream, meter)
@@ -73,14 +75,14 @@ def evaluate(
     # A perplexity beyond a float's range is a broken model's as well; NaN fails too.
     if not nats / tokens < 700:
         raise CheckpointError(
-            f"{path} spends {nats / tokens:.3g} nats a token on this text; "
+            f"{loaded.path} spends {nats / tokens:.3g} nats a token on this text; "
             "its weights are broken, train or convert it again"
         )
     silence = {name: tally.silent_fraction for name, tally in meter.tallies.items()}
     traffic = weight_traffic(model)
     return {
         "name": loaded.name,
-        "path": str(path),
+        "path": str(loaded.path),
         "kind": "float" if loaded.manifest is None else "spike-coded",
         "backend": next(matrix.backend for matrix in traffic.matrices.values()),
         "parameters": num_parameters(model),
@@ -91,6 +93,7 @@ def evaluate(
         "silent_fraction": _total_first(meter.silent_fractions()),
         "slot_sparsity": slot_sparsity(meter),
         "weight_bytes_per_token": traffic.num_bytes,
+        "spike_bytes_per_token": traffic.spike_bytes(silence),
         "weight_bytes_skipped_fraction": traffic.skipped_fraction(silence),
         "weight_bytes_skippable_fraction": traffic.skippable_fraction(silence),
         "spiking_tensors": [n.name for n in model.neurons() if n.config.kind != "off"],
@@ -123,14 +126,21 @@ class Stream:
         return Stream(self.ids[:count], self.begins[:count], self.ends_are_scored)
 
 
-def token_stream(tokenizer: Tokenizer, documents: Sequence[str]) -> Stream:
-    """bos document bos document ..., closed by eos where that is the same token."""
+def token_stream(
+    tokenizer: Tokenizer, documents: Iterable[str], enough: float = math.inf
+) -> Stream:
+    """bos document bos document ..., closed by eos where that is the same token.
+
+    No further document is read behind `enough` tokens.
+    """
     ids: list[int] = []
     begins: list[bool] = []
     for document in documents:
         text = tokenizer.encode(document)
         ids += [tokenizer.bos_id, *text]
         begins += [True, *[False] * len(text)]
+        if len(ids) >= enough:
+            break
     closed = not tokenizer.imported
     if closed:
         ids.append(tokenizer.eos_id)

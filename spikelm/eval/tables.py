@@ -53,7 +53,10 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
     for name in TENSOR_CLASSES:
         if any(name in m["slot_sparsity"] for m in models.values()):
             add(f"(b) slot sparsity, {name}", lambda m, n=name: _slots(m, n))  # type: ignore[misc]
+    if any("spike_budget" in m for m in models.values()):
+        add("budget of weight bytes", _budget)
     add("weight bytes per token", lambda m: size(m["weight_bytes_per_token"]))
+    add("    not silent", lambda m: size(m["spike_bytes_per_token"]))
     add("(c) weight bytes skipped", lambda m: percent(m["weight_bytes_skipped_fraction"]))
     add("    silent, skipped or not", lambda m: percent(m["weight_bytes_skippable_fraction"]))
     add("(d) tensors that spike", lambda m: f"{len(m['spiking_tensors'])} of {m['tensors']}")
@@ -70,6 +73,24 @@ def evaluation_table(report: Mapping[str, Any]) -> str:
         after = report["xz_after_training_bits_per_byte"]
         lines.append(f"xz -9e that has seen the training text: {after:.4f} bits per byte")
     return "\n".join(lines)
+
+
+def _budget(model: Mapping[str, Any]) -> str:
+    spent = model.get("spike_budget")
+    return "-" if spent is None else size(spent["bytes_asked"])
+
+
+def budget_line(spent: Mapping[str, Any]) -> str:
+    """What a spike budget did, in one line."""
+    reached, before = size(spent["bytes_reached"]), size(spent["bytes_before"])
+    asked = f"spike budget {spent['asked']}"
+    if spent["spikes_kept"] == 1:
+        return f"{asked}: a token reads {before} of weights, so no threshold was raised"
+    return (
+        f"{asked}: {reached} of weights per token, {before} before; "
+        f"{percent(spent['spikes_kept'])} of the spikes are kept"
+        + ("" if spent["skips"] else ", but these products read the rows of silent neurons too")
+    )
 
 
 def _slots(model: Mapping[str, Any], name: str) -> str:

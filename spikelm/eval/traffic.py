@@ -63,6 +63,10 @@ class Traffic:
         silent = sum(silence.get(n, 0.0) * m.num_bytes for n, m in self.matrices.items())
         return silent / self.num_bytes
 
+    def spike_bytes(self, silence: Mapping[str, float]) -> float:
+        """Bytes per token that do not belong to silent neurons."""
+        return self.num_bytes * (1 - self.skippable_fraction(silence))
+
     def skipped_fraction(self, silence: Mapping[str, float]) -> float:
         """Share of the bytes that is not read: of the skippable, what the backend skips."""
         silent = sum(silence.get(n, 0.0) * m.num_bytes for n, m in self.matrices.items() if m.skips)
