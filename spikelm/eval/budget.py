@@ -178,7 +178,7 @@ class Throttle:
         score(self.model, self._stream, probe)
         # An expert that no token was sent to reads nothing.
         silence = dict.fromkeys(self._traffic.matrices, 1.0)
-        silence |= {name: tally.silent_fraction for name, tally in meter.tallies.items()}
+        silence |= self._traffic.silence(meter.tallies)
         return self._traffic.spike_bytes(silence)
 
 

@@ -78,8 +78,8 @@ def evaluate(
             f"{loaded.path} spends {nats / tokens:.3g} nats a token on this text; "
             "its weights are broken, train or convert it again"
         )
-    silence = {name: tally.silent_fraction for name, tally in meter.tallies.items()}
     traffic = weight_traffic(model)
+    silence = traffic.silence(meter.tallies)
     return {
         "name": loaded.name,
         "path": str(loaded.path),

@@ -7,10 +7,12 @@ biases, convolutions, thresholds, scales and one row of the embedding. Caches ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from spikelm.coding.meter import Tally
 from spikelm.kernels import event
-from spikelm.models.coded import CodedLinear, projections
+from spikelm.kernels.outputs import Gated
+from spikelm.models.coded import CodedLinear, gated_projections, projections
 from spikelm.models.ffn import ExpertsFFN
 from spikelm.models.layers import Linear, Projection
 from spikelm.models.spikelm import LanguageModel
@@ -50,11 +52,24 @@ class Traffic:
     """By the name of the neuron population in front."""
     other_bytes: float
     """Everything that silence does not change."""
+    gated: Mapping[str, str] = field(default_factory=dict)
+    """Of matrices whose second half is read by output, the population that gets what their gates
+    let through."""
 
     @property
     def num_bytes(self) -> float:
         """Bytes per token without silence."""
         return self.other_bytes + sum(matrix.num_bytes for matrix in self.matrices.values())
+
+    def silence(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
+        """Share of each matrix's bytes that need not be read, as far as it was measured: that of
+        silent neurons, and half of it that of closed gates where it is read so.
+        """
+        found = {name: tally.silent_fraction for name, tally in tallies.items()}
+        for name, behind in self.gated.items():
+            if behind in tallies:
+                found[name] = (found[name] + tallies[behind].zero_input_fraction) / 2
+        return found
 
     def skippable_fraction(self, silence: Mapping[str, float]) -> float:
         """Share of the bytes that belongs to silent neurons; `silence` is by population, and 0
@@ -91,9 +106,16 @@ def weight_traffic(model: LanguageModel) -> Traffic:
         for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if id(tensor) not in apart
     )
+    tables = {p.neuron.name: getattr(p.linear, "table", None) for p in populations}
+    by_gates = {
+        name: behind.neuron.name
+        for name, behind in gated_projections(model).items()
+        if isinstance(tables[name], Gated)
+    }
     return Traffic(
         {p.neuron.name: _matrix(p, routed.get(id(p), 1.0)) for p in populations},
         other + model.embedding.weight[0].nbytes,
+        by_gates,
     )
 
 

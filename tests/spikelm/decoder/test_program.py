@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from spikelm import checkpoint
+from spikelm.coding.meter import Meter
 from spikelm.config import FFNConfig, ModelConfig, NeuronConfig, NeuronsConfig
 from spikelm.conversion.convert import convert
 from spikelm.decoder import native_program
 from spikelm.decoder.program import MIN_ROOM
 from spikelm.errors import CheckpointError, DataError, SpikelmError
+from spikelm.eval.traffic import weight_traffic
 from spikelm.generate import Engine
 from spikelm.kernels import rows
 from spikelm.kernels.outputs import Halves
@@ -222,3 +224,32 @@ def test_gates_are_those_of_the_model(coded_folder: Path, tmp_path: Path) -> Non
         file.write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match="gated a list of ReGLU projections"):
             checkpoint.load(tmp_path / "coded")
+
+
+def test_counted_bytes_are_those_of_the_spikes(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    """What native code counts as read, and what evaluation makes of a probe's silence."""
+    sparse = NeuronConfig(kind="integer", dead_zone=1.0, max_count=127)
+    fields: dict[str, NeuronConfig] = dict.fromkeys(
+        ("mixer_input", "mixer_output", "gate_input", "ffn_input", "ffn_hidden", "head_input"),
+        sparse,
+    )
+    ffn = FFNConfig(kind="reglu", hidden_dim=128)
+    config = tiny_config(ffn=ffn, width=64, neurons=NeuronsConfig(**fields))
+    folder = coded(LanguageModel(config).initialise(0), tmp_path)
+    config_json = json.loads((folder / "config.json").read_text())
+    config_json["spike_coding"]["gated"] = ["layers.0.ffn.input"]
+    (folder / "config.json").write_text(json.dumps(config_json))
+    engine = Engine(checkpoint.load(folder, backend="native"))
+    assert engine.program is not None
+    meter, ids = Meter(), torch.arange(40) * 7 % 250
+    with torch.inference_mode():
+        engine.model(ids[None], probe=meter)
+    traffic = weight_traffic(engine.model)
+    state, read = engine.model.initial_state(1).clone(), 0
+    for token in ids:
+        _, counts = engine.program.run(token[None], state)
+        read += counts.weight_bytes
+    expected = traffic.spike_bytes(traffic.silence(meter.tallies)) - traffic.other_bytes
+    assert read / len(ids) == pytest.approx(expected, rel=0.01)
