@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from spikelm.config import ModelConfig, from_dict, to_dict
 from spikelm.errors import CheckpointError, ConfigError
@@ -143,12 +144,10 @@ def load(path: str | Path, *, backend: str = "auto", device: str = "cpu") -> Che
     with torch.device("meta"):
         model = LanguageModel(model_config)
         spike_coded = use_coding(model, config, folder)
-    _load_weights(model, folder / WEIGHTS)
-    model.to(device)
-    manifest = None
+    manifest = _read_json(folder / MANIFEST) if spike_coded else None
     if spike_coded:
-        manifest = _read_json(folder / MANIFEST)
-        coded.pack(model, backend)
+        coded.use_two_stages(model)
+    _load_weights(model, folder / WEIGHTS, event.resolve(backend, device), device)
     return Checkpoint(folder, model.eval().requires_grad_(False), tokenizer, manifest)
 
 
@@ -207,47 +206,62 @@ def use_coding(model: LanguageModel, config: dict[str, Any], where: Path | str) 
     return True
 
 
-def _load_weights(model: LanguageModel, path: Path) -> None:
-    """Fills a meta model from a safetensors file, accounting for every tensor."""
+def _load_weights(model: LanguageModel, path: Path, backend: str, device: str) -> None:
+    """Fills a meta model on `device` from a safetensors file, accounting for every tensor.
+
+    Spike-coded weights go one by one into the layout of `backend`, so that they are in memory once.
+    What else is large stays a view of the file, of which the system reads what is used.
+    """
     wanted = {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
     tied = model.config.tie_embeddings and isinstance(model.head.linear, Linear)
     if tied:
         wanted.pop(PREFIX + "head.linear.weight")
+    linears = {
+        f"{PREFIX}{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, coded.CodedLinear)
+    }
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             _check_names(path, set(wanted), names)
-            tensors = {name: file.get_tensor(name) for name in sorted(names)}
+            tensors = {
+                name: _fitting(path, name, file.get_tensor(name), wanted[name])
+                for name in sorted(names - linears.keys())
+            }
+        for name, linear in linears.items():
+            # A file of its own for each, which is unmapped when its weights have been laid out.
+            with safe_open(path, framework="pt") as file:
+                weight = _fitting(path, name, file.get_tensor(name), wanted[name])
+            linear.weight = weight.to(device)
+            if not linear.padding_is_zero():
+                raise CheckpointError(
+                    f"{path} is damaged (the packed weights of {name} are not what spikelm "
+                    "writes); copy or convert it again"
+                )
+            linear.pack(backend)
     except FileNotFoundError:
         raise CheckpointError(f"no such file: {path}; the model folder is incomplete") from None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); copy or convert it again") from None
-    for name, tensor in tensors.items():
-        want = wanted[name]
-        if tensor.shape != want.shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for "
-                f"{list(want.shape)}; the two files belong to different models"
-            )
-        integral = not (tensor.is_floating_point() and want.is_floating_point())
-        if integral and tensor.dtype != want.dtype:
-            raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected {want.dtype}")
-        tensors[name] = tensor.to(want.dtype)
     state = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
-    model.load_state_dict(state, strict=not tied, assign=True)
+    # What was checked above is complete; packed weights are no longer there to be asked for.
+    model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    _check_padding(model, path)
+    model.to(device)
 
 
-def _check_padding(model: LanguageModel, path: Path) -> None:
-    """The half byte behind an odd number of 4-bit outputs is a zero weight."""
-    for projection in coded.projections(model):
-        linear = projection.linear
-        if isinstance(linear, coded.CodedLinear) and not linear.padding_is_zero():
-            raise CheckpointError(
-                f"{path} is damaged (the packed weights behind {projection.neuron.name} are not "
-                "what spikelm writes); copy or convert it again"
-            )
+def _fitting(path: Path, name: str, tensor: Tensor, want: Tensor) -> Tensor:
+    """The file's tensor as the model wants it. Raises: CheckpointError if it does not fit."""
+    if tensor.shape != want.shape:
+        raise CheckpointError(
+            f"{path}: {name} has shape {list(tensor.shape)}, config.json asks for "
+            f"{list(want.shape)}; the two files belong to different models"
+        )
+    integral = not (tensor.is_floating_point() and want.is_floating_point())
+    if integral and tensor.dtype != want.dtype:
+        raise CheckpointError(f"{path}: {name} is {tensor.dtype}, expected {want.dtype}")
+    return tensor.to(want.dtype)
 
 
 def _check_names(path: Path, wanted: set[str], found: set[str]) -> None:

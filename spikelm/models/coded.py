@@ -257,12 +257,3 @@ def use_two_stages(model: LanguageModel) -> None:
 def projections(model: LanguageModel) -> list[Projection]:
     """Every projection, first layer to last."""
     return [module for module in model.modules() if isinstance(module, Projection)]
-
-
-def pack(model: LanguageModel, backend: str) -> None:
-    """Resolves `backend` once and lays out every spike-coded linear for it."""
-    chosen = event.resolve(backend, model.device.type)
-    use_two_stages(model)
-    for projection in projections(model):
-        if isinstance(projection.linear, CodedLinear):
-            projection.linear.pack(chosen)

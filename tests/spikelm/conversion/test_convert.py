@@ -224,7 +224,7 @@ def test_damaged_packed_weights(four_bit_folder: Path, tmp_path: Path) -> None:
     for bad, message in (
         (good[name][:, :-1].contiguous(), r"shape \[32, 128\], config.json asks for \[32, 129\]"),
         (good[name].view(torch.int8), "is torch.int8, expected torch.uint8"),
-        (padding, "damaged .the packed weights behind head"),
+        (padding, "damaged .the packed weights of model.head"),
     ):
         save_file({**good, name: bad}, path)
         with pytest.raises(CheckpointError, match=message):
