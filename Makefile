@@ -18,7 +18,7 @@ ORACLES += "triton==3.9.0; sys_platform == 'linux'"
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types imports unit sanitize test-gpu docs build clean
+.PHONY: help install demo test lint format types imports unit sanitize neon test-gpu docs build clean
 
 help:
 	@awk -F ': .*## ' '/^[a-z-]+: .*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,11 +47,27 @@ imports: install ## imports point down, and optional packages stay where they be
 unit: $(TEST_STAMP) ## the tests; warnings are errors
 	@$(BIN)/python -m pytest -q
 
+TESTED := $(wildcard native/matrix*.cpp) $(addprefix native/,memory.cpp outputs.cpp pool.cpp rows.cpp)
+
 sanitize: ## native matrices and threads against plain loops, watched by address, UB and thread sanitizers
 	@mkdir -p build
 	@for kinds in address,undefined thread; do \
 	  $(CXX) -std=c++20 -O1 -g -fsanitize=$$kinds -fno-sanitize-recover=all -pthread -o build/sanitize \
-	    native/sanitize.cpp native/matrix*.cpp native/memory.cpp native/outputs.cpp native/pool.cpp native/rows.cpp && build/sanitize || exit 1; done
+	    native/sanitize.cpp $(TESTED) && build/sanitize || exit 1; done
+
+ARM_CXX ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64
+NEON_FLAGS := -std=c++20 -O3 -Wall -Wextra -Werror -pthread
+
+neon: ## the native code compiled for 64-bit ARM, its matrices and threads run in an emulator
+	@for tool in $(ARM_CXX) $(QEMU); do command -v $$tool > /dev/null || \
+	  { echo "$$tool is missing; on Debian: apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
+	@mkdir -p build
+	@$(ARM_CXX) $(NEON_FLAGS) -fPIC -shared -Wl,--no-undefined -o build/neon.so \
+	  $(filter-out native/sanitize.cpp,$(wildcard native/*.cpp))
+	@$(ARM_CXX) $(NEON_FLAGS) -static -o build/neon native/sanitize.cpp $(TESTED)
+	@# The second one has no dot products.
+	@for cpu in max cortex-a72; do echo "$$cpu:" && $(QEMU) -cpu $$cpu build/neon || exit 1; done
 
 test-gpu: ## the tests that need a CUDA device (BIN=/usr/bin uses a Python outside .venv)
 	@$(BIN)/python -m pytest -q -m gpu

@@ -13,6 +13,10 @@
 #include "matrix_steps.h"
 #include "memory.h"
 
+#if defined(__linux__) && defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 namespace {
 
 using std::int32_t;
@@ -20,11 +24,7 @@ using std::int64_t;
 using std::int8_t;
 using std::uint8_t;
 
-constexpr int64_t BLOCK = 64, TILE = 256, PANEL = 4096;  // bytes
-// Quads of rows by bits (8, 4) between asking for a line and using it. The steps ask for it in L2,
-// whose own prefetcher then runs along the row: 13-17 GB/s where lines asked into L1 come at 8-10,
-// as many as it can wait for (one EPYC 9004 core, 80 % silent). Rows shorter than 2 KB gain less.
-constexpr int64_t WINDOW[] = {2, 4};
+constexpr int64_t BLOCK = 64, TILE = 256;  // bytes
 
 int64_t per_block(int bits) { return BLOCK * 8 / bits; }
 
@@ -90,28 +90,49 @@ namespace {
 
 // ---- instruction set
 
-bool runs_here(int wanted) {
-#if HAS_X86_STEPS
-    if (wanted == AVX512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-    if (wanted == AVX2) return __builtin_cpu_supports("avx2");
+#if HAS_NEON_STEPS
+bool has_dot_products() {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return true;
+#elif defined(__linux__)
+    constexpr unsigned long BIT = 1ul << 20;  // HWCAP_ASIMDDP
+    return getauxval(AT_HWCAP) & BIT;
+#else
+    return false;
 #endif
-    return wanted == SCALAR;
+}
+#endif
+
+// Null if the machine, or the compiler, lacks the instructions.
+const Steps* steps_of(int isa) {
+#if HAS_X86_STEPS
+    if (isa == AVX512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        return &avx512_steps;
+    if (isa == AVX2 && __builtin_cpu_supports("avx2")) return &avx2_steps;
+#endif
+#if HAS_NEON_STEPS
+    if (isa == NEON) return has_dot_products() ? &neon_dot_steps : &neon_steps;
+#endif
+    return isa == SCALAR ? &scalar_steps : nullptr;
 }
 
 Isa from_environment() {
+    constexpr std::string_view NAMES[] = {"scalar", "avx2", "avx512", "neon"};
     const char* name = std::getenv("SPIKELM_ISA");
-    if (!name || !*name) return runs_here(AVX512) ? AVX512 : runs_here(AVX2) ? AVX2 : SCALAR;
-    const std::string_view names[] = {"scalar", "avx2", "avx512"};
-    for (int i = 0; i < 3; ++i)
-        if (names[i] == name && runs_here(i)) return Isa(i);
+    for (int i = NEON; i >= SCALAR; --i)
+        if ((!name || !*name || NAMES[i] == name) && steps_of(i)) return Isa(i);
     return UNKNOWN;
 }
 
-std::atomic<Isa>& chosen() {
-    static std::atomic<Isa> value = from_environment();
-    return value;
+struct Choice {
+    std::atomic<Isa> isa = from_environment();
+    std::atomic<const Steps*> steps = steps_of(isa == UNKNOWN ? SCALAR : Isa(isa));
+};
+
+Choice& choice() {
+    static Choice now;
+    return now;
 }
 
 // ---- panels
@@ -159,11 +180,14 @@ void run(const Matrix& m, const Panel& panel, int64_t first, int64_t last, const
     const int kind = m.bits == 4;
     const int64_t widest = with.blocks[kind], block = per_block(m.bits);
     const int64_t blocks = (last - first + block - 1) / block;
-    const int64_t windows = std::max<int64_t>(1, quads / WINDOW[kind]);
+    const int64_t windows = std::max<int64_t>(1, quads / (dense ? DENSE_WINDOW[kind] : WINDOW));
     const uint8_t* data = panel.data + (first - panel.first) * m.bits / 8;
     alignas(64) int32_t sums[2 * PANEL];
     std::fill_n(sums, blocks * block, correction);
     const auto window = [&](int64_t w) { return quads * std::min(w, windows) / windows; };
+    // The rows of the first window, which no step before it asks for.
+    for (int64_t i = 0; !dense && i < 4 * window(1); ++i)
+        for (int64_t b = 0; b < blocks; ++b) FETCH(data + index[i] * panel.stride + b * BLOCK);
     for (int64_t w = 0; w < windows; ++w) {
         const int64_t begin = window(w), end = window(w + 1), ahead = window(w + 2);
         for (int64_t b = 0; b < blocks; b += widest) {
@@ -205,20 +229,15 @@ void run(const Matrix& m, const int32_t* index, const int8_t* value, int64_t qua
 
 }  // namespace
 
-const Steps& steps() {
-#if HAS_X86_STEPS
-    const Isa now = isa();
-    if (now == AVX512) return avx512_steps;
-    if (now == AVX2) return avx2_steps;
-#endif
-    return scalar_steps;
-}
+const Steps& steps() { return *choice().steps.load(std::memory_order_relaxed); }
 
-Isa isa() { return chosen().load(std::memory_order_relaxed); }
+Isa isa() { return choice().isa.load(std::memory_order_relaxed); }
 
 bool set_isa(Isa wanted) {
-    if (!runs_here(wanted)) return false;
-    chosen() = wanted;
+    const Steps* found = steps_of(wanted);
+    if (!found) return false;
+    choice().isa = wanted;
+    choice().steps = found;
     return true;
 }
 

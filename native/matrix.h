@@ -23,8 +23,8 @@ struct Matrix {
 constexpr std::int64_t MAX_INPUTS = 132104;
 
 // Instruction sets in rising order; `isa` is the one in use, the best of the machine's unless
-// SPIKELM_ISA (scalar, avx2, avx512) names another, and UNKNOWN if that cannot run here.
-enum Isa { UNKNOWN = -1, SCALAR, AVX2, AVX512 };
+// SPIKELM_ISA (scalar, avx2, avx512, neon) names another, and UNKNOWN if that cannot run here.
+enum Isa { UNKNOWN = -1, SCALAR, AVX2, AVX512, NEON };
 Isa isa();
 bool set_isa(Isa wanted);  // false, and nothing changes, if the machine lacks it
 

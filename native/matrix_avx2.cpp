@@ -73,8 +73,10 @@ TARGET inline __attribute__((always_inline)) void quads(const Step& step, std::i
 template <int BITS>
 TARGET void strip(const Step& step) {
     constexpr int REGISTERS = BITS == 8 ? 8 : 16;
+    // Loops over registers are unrolled, or the sums would live in memory.
     __m256i sums[REGISTERS];
-    for (auto& sum : sums) sum = _mm256_setzero_si256();
+#pragma GCC unroll 16
+    for (int i = 0; i < REGISTERS; ++i) sums[i] = _mm256_setzero_si256();
     const std::int64_t ahead = step.quads < step.next_quads ? step.quads : step.next_quads;
     if (step.index) {
         quads<BITS, true, true>(step, 0, ahead, sums);
@@ -83,6 +85,7 @@ TARGET void strip(const Step& step) {
         quads<BITS, false, true>(step, 0, ahead, sums);
         quads<BITS, false, false>(step, ahead, step.quads, sums);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < REGISTERS; ++i) {
         auto* out = reinterpret_cast<__m256i*>(step.sums + 8 * i);
         _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), sums[i]));

@@ -112,7 +112,7 @@ void outputs_unpack(const Outputs& m, int64_t begin, int64_t end, int8_t* weight
 
 void outputs_product(const Outputs& m, const int8_t* counts, int32_t total, const int32_t* wanted,
                      int64_t n, int32_t* out) {
-    const Dot dot = steps().dot[m.bits == 8 ? 0 : 1];
+    const RowDot dot = steps().dot[m.bits == 8 ? 0 : 1];
     const int32_t offset = (m.bits == 8 ? 128 : 8) * total;
     for (int64_t i = 0; i < n; ++i) {
         const int64_t o = wanted[i];

@@ -131,7 +131,7 @@ def main_eval(argv: list[str]) -> int:
 def build_bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spikelm bench", description="Time and memory.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{length,memory,decode,head,block,steps}"
+        dest="command", required=True, metavar="{length,memory,decode,kernel,head,block,steps}"
     )
     about = (
         "time to first token, time per token, peak memory and state against length, beside the "
@@ -180,7 +180,29 @@ def build_bench_parser() -> argparse.ArgumentParser:
     decode.add_argument(
         "--position", type=int, default=0, help="tokens that came before (%(default)s)"
     )
+    decode.add_argument(
+        "--load",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run each round again beside N processes that each keep a core busy (%(default)s)",
+    )
     decode.add_argument("--json", action="store_true", help="print one JSON object")
+    about = "speed of a preset's event-driven products alone, beside what memory allows"
+    kernel = commands.add_parser("kernel", help=about, description=about.capitalize() + ".")
+    kernel.add_argument(
+        "model", metavar="PRESET", nargs="?", default="rwkv7-0.4b", help="name or YAML file"
+    )
+    kernel.add_argument(
+        "--silence",
+        default="0.7,0.8,0.9,0.95",
+        metavar="Z,...",
+        help="silent fractions of the vectors (%(default)s)",
+    )
+    kernel.add_argument("--bits", type=int, default=8, help="of the weights, 8 or 4 (%(default)s)")
+    kernel.add_argument("--threads", type=int, default=1, help="(%(default)s)")
+    kernel.add_argument("--rounds", type=int, default=9, help="of turns (%(default)s)")
+    kernel.add_argument("--json", action="store_true", help="print one JSON object")
     about = "what reading a head in two stages saves, and the draws that it changes"
     head = commands.add_parser("head", help=about, description=about.capitalize() + ".")
     head.add_argument("model", metavar="MODEL", help="spike-coded model folder")
@@ -227,6 +249,7 @@ def main_bench(argv: list[str]) -> int:
         "length": _bench_length,
         "memory": _bench_memory,
         "decode": _bench_decode,
+        "kernel": _bench_kernel,
         "head": _bench_head,
         "block": _bench_block,
         "steps": _bench_steps,
@@ -249,8 +272,24 @@ def _bench_decode(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         tokens=args.tokens,
         position=args.position,
+        load=args.load,
     )
     print(json.dumps(report, indent=2) if args.json else decode_table(report))
+    return 0
+
+
+def _bench_kernel(args: argparse.Namespace) -> int:
+    from spikelm.eval.kernel import bench_kernel, parse_fractions
+    from spikelm.eval.tables import kernel_table
+
+    report = bench_kernel(
+        args.model,
+        silence=parse_fractions(args.silence),
+        bits=args.bits,
+        threads=args.threads,
+        rounds=args.rounds,
+    )
+    print(json.dumps(report, indent=2) if args.json else kernel_table(report))
     return 0
 
 

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from time import process_time
 from typing import TYPE_CHECKING, Any
 
 from spikelm.config import (
@@ -26,6 +27,8 @@ from spikelm.config import (
 )
 from spikelm.errors import ConfigError, did_you_mean
 from spikelm.eval.gguf import write_gguf
+from spikelm.eval.kernel import random_counts, spread
+from spikelm.eval.load import busy
 from spikelm.eval.peers import (
     Contestant,
     LlamaCpp,
@@ -37,12 +40,16 @@ from spikelm.eval.peers import (
 )
 
 if TYPE_CHECKING:
+    from spikelm.kernels.measure import Passes
+    from spikelm.kernels.rows import RowMatrix
     from spikelm.models.spikelm import LanguageModel
 
 PEERS = ("dense", "llama.cpp", "transformers", "rwkv")
 HIDDEN = "ffn_hidden"
 CALIBRATION_TOKENS = 24
 CALIBRATION_ROUNDS = 2
+# Vectors less silent than this have their matrix read in order.
+SKIPPING_SILENCE = 0.3
 # Counts per mean |x|: nearly all of a vector fires, or what the dead zone lets through has some
 # steps of size.
 DENSE_K, SPIKING_K = 64.0, 4.0
@@ -61,6 +68,7 @@ def bench_decode(
     rounds: int = 4,
     tokens: int = 12,
     position: int = 0,
+    load: int = 0,
 ) -> dict[str, Any]:
     """Median times per token and ratios to ours, as JSON types.
 
@@ -68,14 +76,21 @@ def bench_decode(
     the FFN's hidden vector (the same by default). `bits` are those of our weights (the head has 8)
     and decide llama.cpp's: Q8_0 or Q4_0. Behind `position` tokens that are not read.
 
+    With `load`, every round is run once more while so many other processes each keep a core busy,
+    and `slowdown` says what that does to everyone.
+
     `dense` is our own decoder with nothing silent. Raises: ConfigError for what is not allowed,
     BackendError if a contestant fails, MissingExtraError if its package is not there.
     """
     hidden_silence = silence if hidden_silence is None else hidden_silence
     _check(silence, hidden_silence, bits, threads, against, rounds, tokens, position)
+    if load < 0:
+        raise ConfigError(f"load: {load} given; allowed: an integer >= 0")
     config = load_model_config(preset)
     llama = {8: "Q8_0", 4: "Q4_0"}[bits]
     results: dict[str, list[tuple[float, float]]] = {}
+    loaded: dict[str, list[tuple[float, float]]] = {}
+    rates: list[dict[str, float]] = []
     facts: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         contestants: dict[str, Contestant] = {}
@@ -102,15 +117,27 @@ def bench_decode(
                 write_pth(file, config)
                 enter("rwkv", Rwkv(file, threads))
         for round_number in range(rounds):
-            for label, contestant in contestants.items():
-                seconds = contestant.decode_at(position, tokens)
-                wall = statistics.median(s.wall for s in seconds)
-                cpu = statistics.median(s.cpu for s in seconds)
-                results.setdefault(label, []).append((wall, cpu))
-                _log.info("round %d, %s: %.2f ms", round_number + 1, label, 1e3 * wall)
+            for found, processes in ((results, 0), (loaded, load))[: 1 + bool(load)]:
+                with busy(processes):
+                    for label, contestant in contestants.items():
+                        seconds = contestant.decode_at(position, tokens)
+                        wall = statistics.median(s.wall for s in seconds)
+                        cpu = statistics.median(s.cpu for s in seconds)
+                        found.setdefault(label, []).append((wall, cpu))
+                        _log.info("round %d, %s: %.2f ms", round_number + 1, label, 1e3 * wall)
+            rates.append(contestants["spikelm"].bandwidth(threads))
         for label, contestant in contestants.items():
             facts[label] = {"resident_bytes": contestant.resident_bytes(), **contestant.facts()}
     ours = results["spikelm"]
+
+    def ratios(
+        above: list[tuple[float, float]], below: list[tuple[float, float]]
+    ) -> dict[str, dict[str, float]]:
+        pairs = list(zip(above, below, strict=True))
+        return {
+            kind: spread([a[i] / b[i] for a, b in pairs]) for i, kind in enumerate(("wall", "cpu"))
+        }
+
     return {
         "preset": preset,
         "bits": bits,
@@ -129,15 +156,36 @@ def bench_decode(
             for label, found in results.items()
         ],
         "ratios": {
-            label: {
-                kind: _spread(
-                    [theirs[i] / mine[i] for theirs, mine in zip(found, ours, strict=True)]
-                )
-                for i, kind in enumerate(("wall", "cpu"))
-            }
-            for label, found in results.items()
-            if label != "spikelm"
+            label: ratios(found, ours) for label, found in results.items() if label != "spikelm"
         },
+        "limit": _limit(facts["spikelm"], rates, [cpu / threads for _, cpu in ours]),
+        "load": load,
+        "slowdown": {label: ratios(found, results[label]) for label, found in loaded.items()},
+    }
+
+
+def _limit(
+    facts: dict[str, Any], rates: list[dict[str, float]], seconds: list[float]
+) -> dict[str, Any]:
+    """What memory allows: listed rows at the rate of `touch`, or of `stream` at the very best,
+    everything else at that of `stream`, the state read and written. By CPU time per thread.
+    """
+    rows, ordered = facts["row_bytes"], facts["bytes_per_token"] - facts["row_bytes"]
+    ordered += 2 * facts["state_bytes"]
+    limits = {
+        name: [rows / rate[name] + ordered / rate["stream"] for rate in rates]
+        for name in ("touch", "stream")
+    }
+    read = facts["bytes_per_token"]
+    return {
+        "weights_gb_per_s": spread([read / s / 1e9 for s in seconds]),
+        **{f"{name}_gb_per_s": spread([rate[name] / 1e9 for rate in rates]) for name in limits},
+        "ms_per_token": 1e3 * statistics.median(limits["touch"]),
+        "ms_per_token_at_stream": 1e3 * statistics.median(limits["stream"]),
+        "ours_over": spread([s / t for s, t in zip(seconds, limits["touch"], strict=True)]),
+        "ours_over_at_stream": spread(
+            [s / t for s, t in zip(seconds, limits["stream"], strict=True)]
+        ),
     }
 
 
@@ -153,10 +201,6 @@ def parse_silence(text: str) -> tuple[float, float | None]:
             f"--silence takes one number like 0.8 or two like 0.5,0.85, got '{text}'"
         ) from None
     return silence, second
-
-
-def _spread(ratios: Sequence[float]) -> dict[str, float]:
-    return {"median": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
 
 
 def _check(
@@ -207,6 +251,19 @@ class OurReader(Reader):
             raise BackendError(f"this model does not decode natively: {obstacle}")
         self.program = program
         self.counts, self.tokens = [0, 0, 0], 0
+        self.silence = self._silence()
+        self.passes: Passes | None = None
+
+    def _silence(self) -> dict[str, float]:
+        """Of every population, on some tokens."""
+        import torch
+
+        from spikelm.coding.meter import Meter
+
+        meter = Meter()
+        with torch.inference_mode():
+            self.model(torch.arange(CALIBRATION_TOKENS)[None], probe=meter, last_only=True)
+        return {name: tally.silent_fraction for name, tally in meter.tallies.items()}
 
     def hold(self, tokens: int) -> None:
         self.state = self.model.initial_state(1).clone()
@@ -224,15 +281,67 @@ class OurReader(Reader):
             self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
             self.tokens += 1
 
+    def bandwidth(self, threads: int) -> dict[str, float]:
+        """Bytes per second of CPU time that reading the weights without arithmetic reaches: all of
+        them in order, and the rows of vectors as silent as ours.
+        """
+        self.passes = self.passes or self._passes()
+        seconds = {}
+        for name in ("touch", "stream"):
+            begun = process_time()
+            getattr(self.passes, name)(threads)
+            seconds[name] = (process_time() - begun) / threads
+        stream = self.passes.num_bytes / seconds["stream"]
+        return {"stream": stream, "touch": self.passes.event_bytes / seconds["touch"]}
+
+    def _skips(self, name: str) -> bool:
+        return self.silence.get(name, 0.0) > SKIPPING_SILENCE
+
+    def _passes(self) -> Passes:
+        import torch
+
+        from spikelm.kernels.measure import Passes
+        from spikelm.models.coded import CodedLinear, projections
+
+        generator = torch.Generator().manual_seed(0)
+        matrices, counts = [], []
+        for projection in projections(self.model):
+            linear, name = projection.linear, projection.neuron.name
+            assert isinstance(linear, CodedLinear)
+            # What is read in order has no rows to gather, unless that is everything.
+            if self._skips(name) or not any(map(self._skips, self.silence)):
+                matrices.append(_rows(linear.table))
+                silence = self.silence.get(name, 0.0)
+                counts.append(random_counts(linear.in_features, silence, generator))
+        return Passes(matrices, counts)
+
     def facts(self) -> dict[str, Any]:
         """What the time belongs to."""
+        from spikelm.models.coded import projections
+
         silent, total, weight_bytes = self.counts
         return {
             "silent_fraction": silent / max(1, total),
             "bytes_per_token": self.traffic.other_bytes + weight_bytes / max(1, self.tokens),
+            "row_bytes": sum(
+                (1 - self.silence[p.neuron.name]) * _rows(p.linear.table).nbytes
+                for p in projections(self.model)
+                if self._skips(p.neuron.name)
+            ),
             "weight_bytes": self.traffic.num_bytes,
             "state_bytes": self.model.initial_state(1).nbytes,
         }
+
+
+def _rows(table: object) -> RowMatrix:
+    """The part of a matrix that is read by input."""
+    from spikelm.kernels.outputs import Gated, Halves
+    from spikelm.kernels.rows import RowMatrix
+
+    rows = table.upper if isinstance(table, Halves) else table
+    rows = rows.gates if isinstance(rows, Gated) else rows
+    assert isinstance(rows, RowMatrix)
+    return rows
 
 
 def random_model(config: ModelConfig, silence: float, hidden: float, bits: int) -> LanguageModel:

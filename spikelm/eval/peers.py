@@ -126,6 +126,9 @@ class Contestant(Protocol):
     def facts(self) -> dict[str, Any]:
         """What else its model says of itself, as JSON types."""
 
+    def bandwidth(self, threads: int) -> dict[str, float]:
+        """Of reading its weights, see `Reader`."""
+
     def close(self) -> None:
         """Ends it."""
 
@@ -141,6 +144,10 @@ class Reader(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What else there is to say of the model, as JSON types."""
+        return {}
+
+    def bandwidth(self, threads: int) -> dict[str, float]:
+        """Bytes per second of reading the weights without arithmetic; empty if unknown."""
         return {}
 
 
@@ -172,6 +179,9 @@ class InProcess:
 
     def facts(self) -> dict[str, Any]:
         return self._reader.facts()
+
+    def bandwidth(self, threads: int) -> dict[str, float]:
+        return self._reader.bandwidth(threads)
 
     def close(self) -> None:
         pass
@@ -225,6 +235,10 @@ class Spawned:
 
     def facts(self) -> dict[str, Any]:
         found: dict[str, Any] = self._ask("facts")
+        return found
+
+    def bandwidth(self, threads: int) -> dict[str, float]:
+        found: dict[str, float] = self._ask("bandwidth", threads)
         return found
 
     def close(self) -> None:

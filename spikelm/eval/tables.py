@@ -340,5 +340,58 @@ def decode_table(report: Mapping[str, Any]) -> str:
         f"{size(ours['weight_bytes'])} of weights per token, {size(ours['state_bytes'])} of state",
         f"{report['threads']} threads, medians of {report['tokens']} tokens in "
         f"{report['rounds']} rounds, behind {report['position']:,} tokens",
+        *_limit_lines(report["limit"]),
+        *_slowdown_lines(report),
+    ]
+    return "\n".join(lines)
+
+
+def _limit_lines(limit: Mapping[str, Any]) -> list[str]:
+    ours, touch, stream = (
+        limit[f"{name}_gb_per_s"]["median"] for name in ("weights", "touch", "stream")
+    )
+    over, over_stream = (limit[name]["median"] for name in ("ours_over", "ours_over_at_stream"))
+    return [
+        f"weights read at {ours:.1f} GB/s; the same rows without arithmetic come at {touch:.1f}, "
+        f"all rows in order at {stream:.1f} GB/s (eta {touch / stream:.2f})",
+        f"memory allows {limit['ms_per_token']:.2f} ms per token, "
+        f"{limit['ms_per_token_at_stream']:.2f} if rows came as fast as a stream; ours takes "
+        f"{over:.2f} and {over_stream:.2f} times that, by CPU time",
+    ]
+
+
+def _slowdown_lines(report: Mapping[str, Any]) -> list[str]:
+    if not report["slowdown"]:
+        return []
+    rows = [[f"beside {report['load']} busy processes", "slower by", "lowest", "highest"]]
+    for name, ratios in report["slowdown"].items():
+        rows.append(
+            [name, *(f"{ratios['wall'][k]:.2f} x" for k in ("median", "lowest", "highest"))]
+        )
+    return ["", aligned(rows)]
+
+
+def kernel_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm bench kernel` prints: a row per silence."""
+    head = ["rows, GB/s", "touch", "dense", "stream", "over touch", "lowest", "highest"]
+    rows = [["silent", *head, "dense / event", "lowest", "highest"]]
+    for row in report["measurements"]:
+        rates = [
+            f"{row['passes'][name]['gb_per_s']['median']:.1f}"
+            for name in ("event", "touch", "dense", "stream")
+        ]
+        ratios = [
+            f"{row[name][key]:.2f}"
+            for name in ("event_over_touch", "dense_over_event")
+            for key in ("median", "lowest", "highest")
+        ]
+        rows.append([f"{row['silence']:.0%}", *rates, *ratios])
+    lines = [
+        aligned(rows),
+        "",
+        f"{report['preset']}: {report['matrices']} matrices of {report['bits']} bits, "
+        f"{size(report['bytes'])}; {report['isa']}, {report['threads']} threads, "
+        f"medians of {report['rounds']} rounds, by CPU time per thread",
+        "touch: the same rows without arithmetic; stream: all rows in order without arithmetic",
     ]
     return "\n".join(lines)

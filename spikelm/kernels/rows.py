@@ -25,7 +25,7 @@ MAX_COUNT = 127
 MAX_INPUTS = 132_104
 """Largest K: beyond it 127 x 128 x K would overflow int32."""
 
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "neon")
 """Instruction sets in rising order; the best one of the machine is used unless SPIKELM_ISA names
 another.
 """

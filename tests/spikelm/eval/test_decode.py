@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,62 @@ def test_rounds_and_ratios(preset: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("here")
+def test_limit_and_load(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = [0]
+
+    @contextlib.contextmanager
+    def busy(processes: int) -> Iterator[None]:
+        running[0] = processes
+        yield
+        running[0] = 0
+
+    def timed(self: InProcess, position: int, n: int) -> list[Seconds]:
+        wall = 1.0 + running[0] * (2 if self.name == "dense" else 1)
+        return [Seconds(wall, 1.0)] * n
+
+    rates = iter([{"stream": 4e6, "touch": 2e6}, {"stream": 2e6, "touch": 1e6}])
+    monkeypatch.setattr(module, "busy", busy)
+    monkeypatch.setattr(InProcess, "decode_at", timed)
+    monkeypatch.setattr(OurReader, "bandwidth", lambda self, threads: next(rates))
+    report = bench_decode(preset, rounds=2, load=3)
+    assert {name: r["wall"]["median"] for name, r in report["slowdown"].items()} == {
+        "spikelm": 4.0,
+        "dense": 7.0,
+    }
+    assert report["contestants"][0]["ms_per_token"] == 1e3
+    limit, ours = report["limit"], report["contestants"][0]
+    gathered, read = ours["row_bytes"], ours["bytes_per_token"] + 2 * ours["state_bytes"]
+    assert 0 < gathered < ours["bytes_per_token"]
+    best = [read / 4e6, read / 2e6]
+    assert limit["ms_per_token_at_stream"] == pytest.approx(1e3 * sum(best) / 2)
+    real = [gathered / 2e6 + (read - gathered) / 4e6, gathered / 1e6 + (read - gathered) / 2e6]
+    assert limit["ms_per_token"] == pytest.approx(1e3 * sum(real) / 2)
+    assert limit["ours_over"]["highest"] == pytest.approx(1 / real[0])
+    assert limit["weights_gb_per_s"]["median"] == pytest.approx(ours["bytes_per_token"] / 1e9)
+
+
+def test_bandwidth_is_that_of_rows_that_are_skipped(shape: ModelConfig) -> None:
+    reader = OurReader(shape, 0.8, 0.8, 8, 1)
+    assert all(rate > 0 for rate in reader.bandwidth(1).values())
+    assert reader.passes is not None
+    expected = reader.facts()["row_bytes"]
+    assert reader.passes.event_bytes == pytest.approx(expected, rel=0.1)
+    assert reader.passes.num_bytes < reader.traffic.num_bytes
+    dense = OurReader(shape, 0.0, 0.0, 8, 1)
+    assert set(dense.bandwidth(1)) == {"stream", "touch"}
+
+
+@pytest.mark.usefixtures("here")
 def test_command(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--rounds", "1", "--tokens", "2", "--silence", "0.5,0.9"]
     assert main_bench(["decode", preset, *small, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["silence_asked_for"] == {"inputs": 0.5, "ffn_hidden": 0.9}
-    assert main_bench(["decode", preset, *small]) == 0
-    assert "over ours" in capsys.readouterr().out
+    assert main_bench(["decode", preset, *small, "--load", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "over ours" in printed
+    assert "memory allows" in printed
+    assert "beside 1 busy processes" in printed
 
 
 @pytest.mark.parametrize(
@@ -114,6 +164,7 @@ def test_command(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
         ({"bits": 3}, "bits: 3 given; allowed: 8, 4"),
         ({"threads": 0}, "threads: 0 given"),
         ({"rounds": 0}, "rounds: 0 given"),
+        ({"load": -1}, "load: -1 given"),
         ({"position": -1}, "position: -1 given; allowed: an integer >= 0"),
         ({"against": ["vllm"]}, "against: 'vllm' given"),
         ({"preset": "rwkv7"}, "no such file or preset"),
