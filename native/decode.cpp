@@ -1,11 +1,14 @@
 // One token of a whole model: a list of operations on the vectors of a row, made by
 // spikelm/decoder/program.py. Operations of one wave do not depend on each other, so the threads
-// share a wave and meet at its end. B rows are independent: what a row gets does not depend on the
-// others. Vectors lie in a row's arena of floats; what a sequence remembers lies in its state.
+// share a wave and meet at its end. The rows are tokens of as many sequences, and what a row gets
+// does not depend on the others; or they are the next tokens of one sequence, and every operation
+// is done for all of them before the next, in order if it remembers. Vectors lie in a row's arena
+// of floats; what a sequence remembers lies in its state.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -62,19 +65,26 @@ struct Op {
 // What a neuron population sends: the counts, and the list of those that are not 0. Or a list of
 // outputs that are wanted: only `index` and `fired`.
 struct Events {
-    std::vector<std::int8_t> counts, value;
-    std::vector<std::int32_t> index;
+    std::int8_t *counts, *value;
+    std::int32_t *index, *quads;
     std::int64_t fired = -1;  // -1: not asked for this token
     float v_threshold = 0;
 };
 
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
 struct Row {
-    std::vector<float> arena;
+    // Zero pages until they are written to, as the logits' of most tokens of a prompt never are.
+    std::unique_ptr<float[], Free> arena;
+    std::vector<char> memory;  // of the lists
     std::vector<Events> lists;
     std::vector<float> scores;  // of softmax attention
     std::vector<std::int32_t> integers;  // of wanted outputs
     std::int64_t token = 0, position = 0;
     float within = INFINITY;  // how far below the largest logit they are exact
+    const Row* before = nullptr;  // the token before it, if that is a row of this call too
     char* const* state = nullptr;
     const std::int64_t* slots = nullptr;  // the second axis of the state tensors
 };
@@ -83,7 +93,10 @@ struct Program {
     std::vector<Op> ops;
     std::vector<std::size_t> waves;
     std::vector<std::int32_t> list_sizes;
-    std::int64_t arena = 0;
+    std::vector<std::int64_t> list_at;  // bytes from the start of a row's memory
+    std::int64_t arena = 0, list_bytes = 0;
+    std::int64_t wanted = 0;   // outputs of the widest matrix that is read by output
+    std::int64_t head = 0;     // the first of the operations that make the logits
     std::vector<std::unique_ptr<Row>> rows;
     std::int64_t silent = 0, total = 0;
     std::atomic<int> broken{-1};
@@ -115,7 +128,7 @@ INLINE const T* data(const Op& op, int i) {
 }
 
 INLINE float* vector(const Op& op, Row& row, int i) {
-    return op.at[i] < 0 ? nullptr : row.arena.data() + op.at[i];
+    return op.at[i] < 0 ? nullptr : row.arena.get() + op.at[i];
 }
 
 INLINE float* remembered(const Op& op, const Row& row, int i) {
@@ -196,6 +209,13 @@ INLINE const float* threshold(const Op& op, Row& row, const float* x, std::int64
 
 enum Neuron : std::int32_t { INTEGER, LIF, STEP };
 
+INLINE void list(Events& events, std::int64_t n) {
+    std::memset(events.counts + n, 0, OUTPUTS_PADDING);
+    events.fired = events.quads
+                       ? list_spans(events.counts, n, events.index, events.value, events.quads)
+                       : list_events(events.counts, n, events.index, events.value);
+}
+
 // size: n, activation, unsigned, max_count, neuron, hard reset; at: x, scratch, scratch of a LIF
 // neuron; state: the previous token's input, the membrane; number: k, step; data: dead zone, share
 // of the previous token, tau and threshold.
@@ -204,7 +224,9 @@ CLONES bool spike(const Op& op, Row& row) {
     const float* x = vector(op, row, 0);
     float* y = vector(op, row, 1);
     if (op.state[0] >= 0) {
-        const float *before = remembered(op, row, 0), *share = data<float>(op, 1);
+        const float* before =
+            row.before ? row.before->arena.get() + op.at[0] : remembered(op, row, 0);
+        const float* share = data<float>(op, 1);
         CHANNELS
         for (std::int64_t i = 0; i < n; i++)
             y[i] = x[i] + (before[i] - x[i]) * share[i];
@@ -242,31 +264,24 @@ CLONES bool spike(const Op& op, Row& row) {
         for (std::int64_t i = 0; i < n; i++)
             events.counts[i] = static_cast<std::int8_t>(fired[i]);
         events.v_threshold = 1;
-        events.fired =
-            list_events(events.counts.data(), n, events.index.data(), events.value.data());
+        list(events, n);
         return true;
     }
     const float high = static_cast<float>(op.size[3]);
     events.v_threshold = count(x, n, op.number[0], op.number[1], data<float>(op, 0),
-                               op.size[2] ? 0.0f : -high, high, events.counts.data());
+                               op.size[2] ? 0.0f : -high, high, events.counts);
     if (!(events.v_threshold > 0)) return false;
-    events.fired = list_events(events.counts.data(), n, events.index.data(), events.value.data());
+    list(events, n);
     return true;
 }
 
 // size: adds to what is there; at: y, integers (y itself if it is written anew); data: matrix,
 // scale and bias [N].
-CLONES void matvec(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
-    const Matrix& matrix = *data<Matrix>(op, 0);
-    const Events& events = row.lists[op.list];
+CLONES void rescale(const Op& op, Row& row, std::int64_t first, std::int64_t last) {
     float* y = vector(op, row, 0);
-    auto* integers = reinterpret_cast<std::int32_t*>(vector(op, row, 1));
-    product(matrix, events.counts.data(), events.index.data(), events.value.data(), events.fired,
-            begin, end, integers);
-    const std::int64_t first = begin * matrix.tile;
-    const std::int64_t last = std::min(end * matrix.tile, matrix.outputs);
+    const auto* integers = reinterpret_cast<const std::int32_t*>(vector(op, row, 1));
     const float *scale = data<float>(op, 1), *bias = data<float>(op, 2);
-    const float v_threshold = events.v_threshold;
+    const float v_threshold = row.lists[op.list].v_threshold;
     for (std::int64_t o = first; o < last; o++) {
         const float product_o = static_cast<float>(integers[o]) * scale[o] * v_threshold;
         const float with_bias = bias ? product_o + bias[o] : product_o;
@@ -274,10 +289,10 @@ CLONES void matvec(const Op& op, Row& row, std::int64_t begin, std::int64_t end)
     }
 }
 
-INLINE std::int32_t total(const Events& events) {
+INLINE std::int32_t total(const Events& events, std::int64_t n) {
     std::int32_t sum = 0;
-    for (std::int64_t i = 0; i < events.fired; i++)
-        sum += events.value[i];
+    for (std::int64_t i = 0; i < n; i++)
+        sum += events.counts[i];
     return sum;
 }
 
@@ -302,8 +317,8 @@ CLONES void outputs(const Op& op, Row& row, std::int64_t begin, std::int64_t end
     float* y = vector(op, row, 0);
     const auto* upper = reinterpret_cast<const std::int32_t*>(vector(op, row, 1));
     const float *scale = data<float>(op, 1), *bias = data<float>(op, 2);
-    const std::int32_t sum = total(events);
-    outputs_product(matrix, events.counts.data(), sum, wanted.index.data() + first, n,
+    const std::int32_t sum = total(events, matrix.inputs);
+    outputs_product(matrix, events.counts, sum, wanted.index + first, n,
                     row.integers.data());
     for (std::int64_t i = first; i < first + n; i++) {
         const std::int32_t o = wanted.index[i];
@@ -317,32 +332,28 @@ CLONES void outputs(const Op& op, Row& row, std::int64_t begin, std::int64_t end
 
 // What the upper halves of 8-bit weights say of the outputs. at: y, integers; data: matrix of the
 // upper halves, scale and bias [N].
-CLONES void estimate(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
-    const Matrix& matrix = *data<Matrix>(op, 0);
+CLONES void estimate(const Op& op, Row& row, std::int64_t first, std::int64_t last) {
+    const auto* integers = reinterpret_cast<const std::int32_t*>(vector(op, row, 1));
     const Events& events = row.lists[op.list];
-    auto* integers = reinterpret_cast<std::int32_t*>(vector(op, row, 1));
-    product(matrix, events.counts.data(), events.index.data(), events.value.data(), events.fired,
-            begin, end, integers);
-    const std::int64_t last = std::min(end * matrix.tile, matrix.outputs);
     const float *scale = data<float>(op, 1), *bias = data<float>(op, 2);
-    const float lower = 7.5f * total(events), v_threshold = events.v_threshold;
+    const float lower = 7.5f * total(events, data<Matrix>(op, 0)->inputs);
     float* y = vector(op, row, 0);
-    for (std::int64_t o = begin * matrix.tile; o < last; o++) {
-        const float product_o = (16.0f * integers[o] + lower) * scale[o] * v_threshold;
+    for (std::int64_t o = first; o < last; o++) {
+        const float product_o = (16.0f * integers[o] + lower) * scale[o] * events.v_threshold;
         y[o] = bias ? product_o + bias[o] : product_o;
     }
 }
 
-// Lists the outputs that may be within the row's reach of the largest. size: n, list of the spikes;
-// at: estimates; data: scale. A lower half is 0..15, so the error of an estimate has the variance
+// Lists the outputs that may be within the row's reach of the largest. size: n, list of the spikes,
+// their number; at: estimates; data: scale. A lower half is 0..15, so the error of an estimate has the variance
 // sum count^2 (16^2 - 1) / 12 if halves are as good as random, and is at most 7.5 sum |count|.
 CLONES void shortlist(const Op& op, Row& row) {
     constexpr float DEVIATIONS = 6;
     const Events& events = row.lists[op.size[1]];
     float square = 0, most = 0;
-    for (std::int64_t i = 0; i < events.fired; i++) {
-        square += static_cast<float>(events.value[i]) * events.value[i];
-        most += std::abs(events.value[i]);
+    for (std::int64_t i = 0; i < op.size[2]; i++) {
+        square += static_cast<float>(events.counts[i]) * events.counts[i];
+        most += std::abs(events.counts[i]);
     }
     const float error = std::min(DEVIATIONS * std::sqrt(square * (255.0f / 12)), 7.5f * most);
     const float margin = error * events.v_threshold;
@@ -359,6 +370,22 @@ CLONES void shortlist(const Op& op, Row& row) {
     for (std::int64_t i = 0; i < n; i++)
         if (!(y[i] + margin * scale[i] < floor))
             wanted.index[wanted.fired++] = static_cast<std::int32_t>(i);
+}
+
+// The rows that take part share what they read.
+void matvec(const Op& op, const std::vector<Row*>& rows, std::int64_t begin, std::int64_t end) {
+    const Matrix& matrix = *data<Matrix>(op, 0);
+    std::vector<Sent> sent;
+    sent.reserve(rows.size());
+    for (Row* row : rows) {
+        const Events& events = row->lists[op.list];
+        sent.push_back({events.counts, events.index, events.value, events.quads, events.fired,
+                        reinterpret_cast<std::int32_t*>(vector(op, *row, 1))});
+    }
+    products(matrix, sent.data(), static_cast<std::int64_t>(sent.size()), begin, end);
+    const std::int64_t last = std::min(end * matrix.tile, matrix.outputs);
+    for (Row* row : rows)
+        (op.code == ESTIMATE ? estimate : rescale)(op, *row, begin * matrix.tile, last);
 }
 
 // size: n, adds; at: y. The values of the list's spikes, written to y or added to it.
@@ -847,9 +874,6 @@ bool execute(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
             return true;
         case SPIKE:
             return spike(op, row);
-        case MATVEC:
-            matvec(op, row, begin, end);
-            return true;
         case KEEP:
             keep(op, row);
             return true;
@@ -873,9 +897,6 @@ bool execute(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
             return true;
         case OUTPUTS:
             outputs(op, row, begin, end);
-            return true;
-        case ESTIMATE:
-            estimate(op, row, begin, end);
             return true;
         case SHORTLIST:
             shortlist(op, row);
@@ -918,32 +939,87 @@ std::int64_t bytes_read(const Op& op, const Row& row) {
     return reads_all(matrix, events) ? matrix.bytes : matrix.bytes / matrix.inputs * events;
 }
 
+// Whether what an operation does for a token changes what it does for the next one.
+bool remembers(const Op& op) {
+    switch (op.code) {
+        case SPIKE:
+            return op.size[4] == LIF;
+        case KEEP:
+        case CONV:
+        case DELTA:
+        case RWKV7:
+        case WINDOW:
+        case WKV4:
+        case GLA:
+            return true;
+        default:
+            return false;
+    }
+}
+
 struct Wave {
     Program* program;
     std::size_t begin, end;
     std::int64_t rows;
+    bool sequence;  // the rows are the next tokens of one
 };
 
 void run_wave(void* context, int part, int parts) {
     const Wave& wave = *static_cast<Wave*>(context);
     Program& program = *wave.program;
     std::int64_t turn = 0;
+    std::vector<Row*> together;
     for (std::size_t i = wave.begin; i < wave.end; i++) {
         const Op& op = program.ops[i];
         const std::int64_t n = pieces(op);
-        for (std::int64_t b = 0; b < wave.rows; b++) {
+        const bool in_order = wave.sequence && remembers(op);
+        together.clear();
+        const bool product = op.code == MATVEC || op.code == ESTIMATE;
+        // Of a sequence only the last token has logits.
+        const bool last_only = wave.sequence && static_cast<std::int64_t>(i) >= program.head;
+        for (std::int64_t b = last_only ? wave.rows - 1 : 0; b < wave.rows; b++) {
+            Row& row = *program.rows[b];
             std::int64_t begin = n * part / parts, end = n * (part + 1) / parts;
-            if (n == 1) {
+            if (n == 1 && !product) {
                 // What cannot be divided goes round the threads.
-                if (turn++ % parts != part) continue;
+                if ((in_order ? static_cast<std::int64_t>(i) : turn++) % parts != part) continue;
                 begin = 0, end = 1;
             }
-            if (op.when >= 0 && program.rows[b]->arena[op.when] == 0) continue;
-            if (begin < end && !execute(op, *program.rows[b], begin, end)) {
+            if (op.when >= 0 && row.arena[op.when] == 0) continue;
+            if (product) {
+                together.push_back(&row);
+            } else if (begin < end && !execute(op, row, begin, end)) {
                 int none = -1;
                 program.broken.compare_exchange_strong(none, static_cast<int>(i));
             }
         }
+        if (!together.empty()) matvec(op, together, n * part / parts, n * (part + 1) / parts);
+    }
+}
+
+// The other list that an operation reads, or -1.
+std::int32_t second_list(const Op& op) {
+    return op.code == OUTPUTS ? op.size[0] : op.code == SHORTLIST ? op.size[1] : -1;
+}
+
+// Where each list lies in a row's memory. It is used anew whenever all lists have been read.
+void place_lists(Program& program) {
+    std::vector<std::int32_t> until(program.list_sizes.size());
+    for (const Op& op : program.ops)
+        for (const std::int32_t used : {op.list, second_list(op)})
+            if (used >= 0) until[used] = std::max(until[used], op.wave);
+    program.list_at.assign(program.list_sizes.size(), -1);
+    std::int64_t used = 0;
+    std::int32_t busy = -1;
+    for (const Op& op : program.ops) {
+        if (op.list < 0 || program.list_at[op.list] >= 0) continue;
+        if (op.wave > busy) used = 0;
+        busy = std::max(busy, until[op.list]);
+        program.list_at[op.list] = used;
+        const std::int64_t n = std::abs(program.list_sizes[op.list]) + OUTPUTS_PADDING;
+        // Counts, values, indices and quads, each from a cache line on.
+        used += (2 * n + 5 * list_room(n) + 4 * num_spans(n)) / 64 * 64 + 4 * 64;
+        program.list_bytes = std::max(program.list_bytes, used);
     }
 }
 
@@ -955,59 +1031,70 @@ EXPORT void* spikelm_program_new(const Op* ops, std::int64_t num_ops, std::int64
     program->ops.assign(ops, ops + num_ops);
     program->list_sizes.assign(list_sizes, list_sizes + num_lists);
     program->arena = arena;
+    for (const Op& op : program->ops)
+        if (op.code == OUTPUTS)
+            program->wanted = std::max(program->wanted, data<Outputs>(op, 0)->outputs);
+    program->head = num_ops - (ops[num_ops - 1].code == OUTPUTS ? 3 : 1);
     for (std::int64_t i = 0; i < num_ops; i++)
         if (i == 0 || ops[i].wave != ops[i - 1].wave) program->waves.push_back(i);
     program->waves.push_back(num_ops);
+    place_lists(*program);
     return program;
 }
 
 EXPORT void spikelm_program_free(void* program) { delete static_cast<Program*>(program); }
 
-// One token for each of `rows` sequences. `state` holds rows x num_states addresses, num_slots the
-// second axis of each state tensor. Logits up to `within` below the largest are exact, others may
-// be estimates. `counters` gets the silent and all entries that entered a matrix, and the bytes of
-// weights read for them. Returns the operation that met a number that is not finite, or -1.
-EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, const std::int64_t* tokens,
-                                        const std::int64_t* positions, char* const* state,
-                                        const std::int64_t* num_slots, std::int64_t num_states,
-                                        std::int64_t logits_at, std::int64_t num_logits,
-                                        float within, float* logits, std::int64_t* counters,
-                                        int num_threads) {
+// One token for each of `rows` sequences, or `rows` tokens of one. `state` holds rows (or 1) x
+// num_states addresses, num_slots the second axis of each state tensor, `logits` has as many rows;
+// `positions` are those of the sequences. Logits up to `within` below the largest are exact, others
+// may be estimates. `counters` gets the silent and all entries that entered a matrix, and the bytes
+// of weights read for them, as if every row read its own. Returns the operation that met a number
+// that is not finite, or -1.
+EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, int sequence,
+                                        const std::int64_t* tokens, const std::int64_t* positions,
+                                        char* const* state, const std::int64_t* num_slots,
+                                        std::int64_t num_states, std::int64_t logits_at,
+                                        std::int64_t num_logits, float within,
+                                        float* logits, std::int64_t* counters, int num_threads) {
     auto& program = *static_cast<Program*>(handle);
     if (num_threads != threads()) set_threads(num_threads);
     program.broken = -1;
     while (static_cast<std::int64_t>(program.rows.size()) < rows) {
         auto row = std::make_unique<Row>();
-        row->arena.resize(program.arena);
-        std::int64_t wanted = 0;
-        for (const Op& op : program.ops)
-            if (op.code == OUTPUTS) wanted = std::max(wanted, data<Outputs>(op, 0)->outputs);
-        row->integers.resize(wanted);
-        for (const std::int32_t n : program.list_sizes) {
-            Events events;
-            events.counts.resize(std::abs(n) + OUTPUTS_PADDING);
-            events.value.resize(std::abs(n) + 64);
-            events.index.resize(std::abs(n) + 64);
-            row->lists.push_back(std::move(events));
-        }
+        row->arena.reset(static_cast<float*>(std::calloc(program.arena, sizeof(float))));
+        row->memory.resize(program.list_bytes + 64);
+        row->integers.resize(program.wanted);
         program.rows.push_back(std::move(row));
     }
     for (std::int64_t b = 0; b < rows; b++) {
-        program.rows[b]->token = tokens[b];
-        program.rows[b]->position = positions[b];
-        program.rows[b]->within = within;
-        program.rows[b]->state = state + b * num_states;
-        program.rows[b]->slots = num_slots;
+        Row& row = *program.rows[b];
+        row.token = tokens[b];
+        row.position = sequence ? positions[0] + b : positions[b];
+        row.before = sequence && b ? program.rows[b - 1].get() : nullptr;
+        row.state = state + (sequence ? 0 : b * num_states);
+        row.within = within;
+        row.slots = num_slots;
         for (const Op& op : program.ops) {
             if (op.code != WINDOW) continue;
-            const std::size_t most = op.size[0] * (slots(op, *program.rows[b]) + op.size[4]);
-            if (program.rows[b]->scores.size() < most) program.rows[b]->scores.resize(most);
+            const std::size_t most = op.size[0] * (slots(op, row) + op.size[4]);
+            if (row.scores.size() < most) row.scores.resize(most);
         }
-        for (Events& events : program.rows[b]->lists)
+        row.lists.resize(program.list_sizes.size());
+        for (std::size_t l = 0; l < row.lists.size(); l++) {
+            const std::int64_t n = std::abs(program.list_sizes[l]) + OUTPUTS_PADDING;
+            const auto lines = [](std::int64_t bytes) { return (bytes + 63) / 64 * 64; };
+            char* at = row.memory.data() + program.list_at[l];
+            at += lines(reinterpret_cast<std::intptr_t>(at)) - reinterpret_cast<std::intptr_t>(at);
+            Events& events = row.lists[l];
             events.fired = -1;
+            events.counts = reinterpret_cast<std::int8_t*>(at);
+            events.value = events.counts + lines(n);
+            events.index = reinterpret_cast<std::int32_t*>(events.value + lines(list_room(n)));
+            events.quads = rows > FEW_ROWS ? events.index + list_room(n) : nullptr;
+        }
     }
     for (std::size_t w = 0; w + 1 < program.waves.size(); w++) {
-        Wave wave{&program, program.waves[w], program.waves[w + 1], rows};
+        Wave wave{&program, program.waves[w], program.waves[w + 1], rows, sequence != 0};
         std::int64_t most = 0;
         for (std::size_t i = wave.begin; i < wave.end; i++)
             most += pieces(program.ops[i]) * rows;
@@ -1016,8 +1103,9 @@ EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, const s
     }
     for (std::int64_t b = 0; b < rows; b++) {
         Row& row = *program.rows[b];
-        std::memcpy(logits + b * num_logits, row.arena.data() + logits_at,
-                    num_logits * sizeof(float));
+        if (!sequence || b + 1 == rows)
+            std::memcpy(logits + (sequence ? 0 : b) * num_logits, row.arena.get() + logits_at,
+                        num_logits * sizeof(float));
         for (const Op& op : program.ops)
             counters[2] += bytes_read(op, row);
         for (std::size_t l = 0; l < row.lists.size(); l++) {

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <new>
 #include <string_view>
+#include <vector>
 
 #include "matrix_steps.h"
 #include "memory.h"
@@ -25,6 +26,19 @@ using std::int8_t;
 using std::uint8_t;
 
 constexpr int64_t BLOCK = 64, TILE = 256;  // bytes
+
+// Bytes of weights that a few rows pass over together, half of a small L2; and the width in bytes of
+// the tiles that many rows pass over, 64 KB with SPAN inputs.
+constexpr int64_t SHARED = int64_t{1} << 18, STRIP = 128;
+
+// Asks for a line in L2.
+INLINE void fetch(const void* line) {
+#if defined(__GNUC__)
+    __builtin_prefetch(line, 0, 2);
+#else
+    static_cast<void>(line);
+#endif
+}
 
 int64_t per_block(int bits) { return BLOCK * 8 / bits; }
 
@@ -172,22 +186,33 @@ void unpack_block(const uint8_t* block, int8_t* weights) {
     std::memcpy(weights, to, sizeof to);
 }
 
-// A panel's part of the outputs [first, last).
-void run(const Matrix& m, const Panel& panel, int64_t first, int64_t last, const int32_t* index,
-         const int8_t* value, int64_t quads, int32_t correction, int32_t* out) {
+// Quads [begin, end) of the `listed` ones, all inputs in order if there is no list. The next ones
+// are fetched meanwhile, beyond the end too.
+struct Quads {
+    const int32_t* index;
+    const int8_t* value;
+    int64_t begin, end, listed;
+};
+
+// Adds a panel's part of the outputs [first, last) to `out`.
+void run(const Matrix& m, const Panel& panel, int64_t first, int64_t last, const Quads& quads,
+         int32_t* out) {
     const Steps& with = steps();
-    const bool dense = !index;
+    const bool dense = !quads.index;
     const int kind = m.bits == 4;
     const int64_t widest = with.blocks[kind], block = per_block(m.bits);
     const int64_t blocks = (last - first + block - 1) / block;
-    const int64_t windows = std::max<int64_t>(1, quads / (dense ? DENSE_WINDOW[kind] : WINDOW));
+    const int64_t some = quads.end - quads.begin;
+    const int64_t windows = std::max<int64_t>(1, some / (dense ? DENSE_WINDOW[kind] : WINDOW));
     const uint8_t* data = panel.data + (first - panel.first) * m.bits / 8;
     alignas(64) int32_t sums[2 * PANEL];
-    std::fill_n(sums, blocks * block, correction);
-    const auto window = [&](int64_t w) { return quads * std::min(w, windows) / windows; };
+    std::copy_n(out + first, last - first, sums);
+    const auto window = [&](int64_t w) {
+        return std::min(quads.begin + some * w / windows, quads.listed);
+    };
     // The rows of the first window, which no step before it asks for.
-    for (int64_t i = 0; !dense && i < 4 * window(1); ++i)
-        for (int64_t b = 0; b < blocks; ++b) FETCH(data + index[i] * panel.stride + b * BLOCK);
+    for (int64_t i = 0; !dense && !quads.begin && i < 4 * window(1); ++i)
+        for (int64_t b = 0; b < blocks; ++b) FETCH(data + quads.index[i] * panel.stride + b * BLOCK);
     for (int64_t w = 0; w < windows; ++w) {
         const int64_t begin = window(w), end = window(w + 1), ahead = window(w + 2);
         for (int64_t b = 0; b < blocks; b += widest) {
@@ -195,18 +220,18 @@ void run(const Matrix& m, const Panel& panel, int64_t first, int64_t last, const
             const uint8_t* next = dense ? rows + 4 * end * panel.stride : rows;
             with.strip[kind][std::min(widest, blocks - b) - 1](
                 {dense ? rows + 4 * begin * panel.stride : rows, panel.stride,
-                 dense ? nullptr : index + 4 * begin, value + 4 * begin, end - begin, next,
-                 dense ? nullptr : index + 4 * end, ahead - end, sums + b * block});
+                 dense ? nullptr : quads.index + 4 * begin, quads.value + 4 * begin, end - begin,
+                 next, dense ? nullptr : quads.index + 4 * end, ahead - end, sums + b * block});
         }
     }
-    if (dense && m.inputs % 4) {
+    if (dense && quads.end == quads.listed && m.inputs % 4) {
         // The inputs after the last whole quad, as a list of their own.
         const auto final = static_cast<int32_t>(m.inputs - 1);
         int32_t tail[4] = {final, final, final, final};
         int8_t counts[4] = {};
-        for (int64_t i = 4 * quads; i < m.inputs; ++i) {
+        for (int64_t i = 4 * quads.end; i < m.inputs; ++i) {
             tail[i % 4] = static_cast<int32_t>(i);
-            counts[i % 4] = value[i];
+            counts[i % 4] = quads.value[i];
         }
         for (int64_t b = 0; b < blocks; b += widest)
             with.strip[kind][std::min(widest, blocks - b) - 1](
@@ -216,15 +241,35 @@ void run(const Matrix& m, const Panel& panel, int64_t first, int64_t last, const
     std::copy_n(sums, last - first, out + first);
 }
 
-void run(const Matrix& m, const int32_t* index, const int8_t* value, int64_t quads, int64_t begin,
-         int64_t end, int32_t correction, int32_t* out) {
+// The parts of panels that tiles [begin, end) are made of.
+template <typename F>
+void for_panels(const Matrix& m, int64_t begin, int64_t end, F visit) {
     const int64_t last = std::min(end * m.tile, m.outputs);
     for (int64_t at = begin * m.tile; at < last;) {
         const Panel panel = panel_at(m, at);
         const int64_t until = std::min(last, panel.first + panel.outputs);
-        run(m, panel, at, until, index, value, quads, correction, out);
+        visit(panel, at, until);
         at = until;
     }
+}
+
+// All quads of a row with the panels of tiles [begin, end).
+void run(const Matrix& m, const Quads& quads, int64_t begin, int64_t end, int32_t correction,
+         int32_t* out) {
+    for_panels(m, begin, end, [&](const Panel& panel, int64_t first, int64_t last) {
+        std::fill(out + first, out + last, correction);
+        run(m, panel, first, last, quads, out);
+    });
+}
+
+int32_t correction(const Matrix& m, const int8_t* counts) {
+    return steps().correction[m.bits == 4](counts, m.inputs);
+}
+
+// What a row's product reads, none of it done.
+Quads quads_of(const Matrix& m, const Sent& row) {
+    if (reads_all(m, row.events)) return {nullptr, row.counts, 0, 0, m.inputs / 4};
+    return {row.index, row.value, 0, 0, (row.events + 3) / 4};
 }
 
 }  // namespace
@@ -279,11 +324,9 @@ void matrix_free(Matrix* matrix) {
 }
 
 void matrix_unpack(const Matrix& m, int64_t begin, int64_t end, int8_t* weights) {
-    const int64_t block = per_block(m.bits), last = std::min(end * m.tile, m.outputs);
+    const int64_t block = per_block(m.bits);
     const auto unpack = m.bits == 8 ? unpack_block<8> : unpack_block<4>;
-    for (int64_t at = begin * m.tile; at < last;) {
-        const Panel panel = panel_at(m, at);
-        const int64_t until = std::min(last, panel.first + panel.outputs);
+    for_panels(m, begin, end, [&](const Panel& panel, int64_t at, int64_t until) {
         for (int64_t i = 0; i < m.inputs; ++i) {
             const uint8_t* from = panel.data + i * panel.stride + (at - panel.first) * m.bits / 8;
             int8_t* to = weights + i * m.outputs;
@@ -295,8 +338,7 @@ void matrix_unpack(const Matrix& m, int64_t begin, int64_t end, int8_t* weights)
                 std::copy_n(whole, until - first, to + first);
             }
         }
-        at = until;
-    }
+    });
 }
 
 int64_t list_events(const int8_t* counts, int64_t n, int32_t* index, int8_t* value) {
@@ -309,20 +351,34 @@ int64_t list_events(const int8_t* counts, int64_t n, int32_t* index, int8_t* val
     return events;
 }
 
+int64_t list_spans(const int8_t* counts, int64_t n, int32_t* index, int8_t* value,
+                   int32_t* quads) {
+    int64_t all = 0;
+    for (int64_t first = 0; first < n; first += SPAN) {
+        const int64_t events = list_events(counts + first, std::min(SPAN, n - first), index, value);
+        const int64_t fours = (events + 3) / 4;
+        *quads++ = static_cast<int32_t>(fours);
+        index += 4 * fours, value += 4 * fours;
+        all += events;
+    }
+    return all;
+}
+
 void event_product(const Matrix& m, const int32_t* index, const int8_t* value, int64_t events,
                    int64_t tile_begin, int64_t tile_end, int32_t* out) {
-    const int32_t correction = steps().correction[m.bits == 8 ? 0 : 1](value, events);
-    run(m, index, value, (events + 3) / 4, tile_begin, tile_end, correction, out);
+    const int64_t quads = (events + 3) / 4;
+    run(m, {index, value, 0, quads, quads}, tile_begin, tile_end,
+        steps().correction[m.bits == 4](value, events), out);
 }
 
 void dense_product(const Matrix& m, const int8_t* counts, int64_t tile_begin, int64_t tile_end,
                    int32_t* out) {
-    const int32_t correction = steps().correction[m.bits == 8 ? 0 : 1](counts, m.inputs);
-    run(m, nullptr, counts, m.inputs / 4, tile_begin, tile_end, correction, out);
+    const int64_t quads = m.inputs / 4;
+    run(m, {nullptr, counts, 0, quads, quads}, tile_begin, tile_end, correction(m, counts), out);
 }
 
 bool reads_all(const Matrix& m, int64_t events) {
-    const double active = steps().break_even[m.bits == 8 ? 0 : 1] * static_cast<double>(m.inputs);
+    const double active = steps().break_even[m.bits == 4] * static_cast<double>(m.inputs);
     return static_cast<double>(events) > active;
 }
 
@@ -332,4 +388,110 @@ void product(const Matrix& m, const int8_t* counts, const int32_t* index, const 
         dense_product(m, counts, tile_begin, tile_end, out);
     else
         event_product(m, index, value, events, tile_begin, tile_end, out);
+}
+
+namespace {
+
+void few_products(const Matrix& m, const Sent* rows, int64_t num_rows, int64_t begin,
+                  int64_t end) {
+    std::vector<Quads> quads(num_rows);
+    for_panels(m, begin, end, [&](const Panel& panel, int64_t first, int64_t last) {
+        for (int64_t r = 0; r < num_rows; ++r) {
+            quads[r] = quads_of(m, rows[r]);
+            std::fill(rows[r].out + first, rows[r].out + last,
+                      steps().correction[m.bits == 4](rows[r].value, rows[r].events));
+        }
+        const int64_t block = per_block(m.bits);
+        const int64_t bytes = (last - first + block - 1) / block * BLOCK;
+        const int64_t inputs = num_rows == 1 ? m.inputs : SHARED / bytes / 4 * 4;
+        for (int64_t until = inputs; until < m.inputs + inputs; until += inputs)
+            for (int64_t r = 0; r < num_rows; ++r) {
+                Quads& some = quads[r];
+                some.begin = some.end;
+                if (until >= m.inputs) {
+                    some.end = some.listed;
+                } else if (some.index) {
+                    const int32_t *events = rows[r].index, *last_one = events + rows[r].events;
+                    const int32_t* start = std::min(events + 4 * some.begin, last_one);
+                    some.end = (std::lower_bound(start, last_one, until) - events + 3) / 4;
+                } else {
+                    some.end = std::min(until / 4, some.listed);
+                }
+                if (some.begin < some.end || !some.listed)
+                    run(m, panel, first, last, some, rows[r].out);
+            }
+    });
+}
+
+// SPAN inputs of a strip of outputs, side by side, so that they fall into different sets of the
+// cache: rows of whole panels would not.
+struct Tile {
+    const uint8_t* from;
+    int64_t stride, bytes, inputs;
+    alignas(64) uint8_t data[SPAN * STRIP];
+
+    void set(const Matrix& m, const Panel& panel, int64_t at, int64_t outputs, int64_t input) {
+        const int64_t block = per_block(m.bits);
+        from = panel.data + input * panel.stride + (at - panel.first) * m.bits / 8;
+        stride = panel.stride, bytes = (outputs + block - 1) / block * BLOCK;
+        inputs = std::min(SPAN, m.inputs - input);
+    }
+    // The given part of the rows.
+    void copy(int64_t part, int64_t parts) {
+        constexpr int64_t AHEAD = 16;
+        for (int64_t i = inputs * part / parts; i < inputs * (part + 1) / parts; ++i) {
+            for (int64_t b = 0; b < bytes && i + AHEAD < inputs; b += BLOCK)
+                fetch(from + (i + AHEAD) * stride + b);
+            std::memcpy(data + i * STRIP, from + i * stride, bytes);
+        }
+    }
+};
+
+void many_products(const Matrix& m, const Sent* sent, int64_t rows, int64_t begin, int64_t end) {
+    const Steps& with = steps();
+    const int kind = m.bits == 4;
+    const int64_t block = per_block(m.bits), width = STRIP / BLOCK * block;
+    const int64_t widest = with.blocks[kind];
+    // One is in use while the next one is copied.
+    Tile tiles[2], *tile = tiles, *next = tiles + 1;
+    std::vector<int32_t> sums(rows * width), corrections(rows);
+    std::vector<int64_t> done(rows);  // events of a row
+    for (int64_t r = 0; r < rows; ++r) corrections[r] = correction(m, sent[r].counts);
+    for_panels(m, begin, end, [&](const Panel& panel, int64_t first, int64_t last) {
+        const auto outputs = [&](int64_t at) { return std::min(width, last - at); };
+        tile->set(m, panel, first, outputs(first), 0);
+        tile->copy(0, 1);
+        for (int64_t at = first; at < last; at += width) {
+            for (int64_t r = 0; r < rows; ++r)
+                std::fill_n(sums.data() + r * width, width, corrections[r]);
+            std::fill(done.begin(), done.end(), 0);
+            for (int64_t input = 0; input < m.inputs; input += SPAN) {
+                if (input + SPAN < m.inputs)
+                    next->set(m, panel, at, outputs(at), input + SPAN);
+                else if (at + width < last)
+                    next->set(m, panel, at + width, outputs(at + width), 0);
+                else
+                    next->inputs = 0;
+                for (int64_t r = 0; r < rows; ++r) {
+                    next->copy(r, rows);
+                    const int64_t quads = sent[r].quads[input / SPAN], blocks = tile->bytes / BLOCK;
+                    for (int64_t b = 0; b < blocks; b += widest)
+                        with.strip[kind][std::min(widest, blocks - b) - 1](
+                            {tile->data + b * BLOCK, STRIP, sent[r].index + done[r],
+                             sent[r].value + done[r], quads, nullptr, nullptr, 0,
+                             sums.data() + r * width + b * block});
+                    done[r] += 4 * quads;
+                }
+                std::swap(tile, next);
+            }
+            for (int64_t r = 0; r < rows; ++r)
+                std::copy_n(sums.data() + r * width, outputs(at), sent[r].out + at);
+        }
+    });
+}
+
+}  // namespace
+
+void products(const Matrix& m, const Sent* rows, int64_t num_rows, int64_t begin, int64_t end) {
+    if (num_rows) (rows->quads ? many_products : few_products)(m, rows, num_rows, begin, end);
 }

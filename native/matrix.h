@@ -54,3 +54,34 @@ void dense_product(const Matrix& matrix, const std::int8_t* counts, std::int64_t
 void product(const Matrix& matrix, const std::int8_t* counts, const std::int32_t* index,
              const std::int8_t* value, std::int64_t events, std::int64_t tile_begin,
              std::int64_t tile_end, std::int32_t* out);
+
+// Rows that are multiplied together list the events of every SPAN inputs apart.
+constexpr std::int64_t SPAN = 512;
+
+// Of n inputs: how many stretches they are, and what the lists need room for.
+inline std::int64_t num_spans(std::int64_t n) { return (n + SPAN - 1) / SPAN; }
+inline std::int64_t list_room(std::int64_t n) { return n + 4 * num_spans(n); }
+
+// As `list_events`, the inputs counted from the start of their stretch; each stretch is padded on
+// its own to `quads` times four.
+std::int64_t list_spans(const std::int8_t* counts, std::int64_t n, std::int32_t* index,
+                        std::int8_t* value, std::int32_t* quads);
+
+// A row of counts, the list of its events, and where its sums go.
+struct Sent {
+    const std::int8_t* counts;
+    const std::int32_t* index;
+    const std::int8_t* value;
+    const std::int32_t* quads;  // null: of `list_events`
+    std::int64_t events;
+    std::int32_t* out;
+};
+
+// Up to so many rows are best listed by `list_events`, more by `list_spans`.
+constexpr std::int64_t FEW_ROWS = 7;
+
+// `product` for several rows, which are listed alike. With `list_events`, what one row reads is
+// still in the second cache for the others. With `list_spans`, all rows pass over a tile of SPAN
+// inputs before the next is read, and every weight is. A row's sums do not depend on the others.
+void products(const Matrix& matrix, const Sent* rows, std::int64_t num_rows,
+              std::int64_t tile_begin, std::int64_t tile_end);

@@ -1,6 +1,7 @@
 // The matrices of native/matrix.h for Python: several rows of counts at once, on several threads.
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "common.h"
@@ -14,21 +15,39 @@ constexpr std::int64_t MIN_BYTES = std::int64_t{1} << 17;
 
 struct Product {
     const Matrix* matrix;
-    const std::int8_t* counts;
+    const Sent* sent;
     std::int64_t rows;
-    const std::int32_t* index;
-    const std::int8_t* value;
-    const std::int64_t* events;
-    std::int32_t* out;
 
     static void run(void* context, int part, int parts) {
         const auto& job = *static_cast<const Product*>(context);
-        const Matrix& m = *job.matrix;
-        const std::int64_t room = m.inputs + 4;
-        for (std::int64_t r = 0; r < job.rows; ++r)
-            product(m, job.counts + r * m.inputs, job.index + r * room, job.value + r * room,
-                    job.events[r], m.tiles * part / parts, m.tiles * (part + 1) / parts,
-                    job.out + r * m.outputs);
+        const std::int64_t tiles = job.matrix->tiles;
+        products(*job.matrix, job.sent, job.rows, tiles * part / parts, tiles * (part + 1) / parts);
+    }
+};
+
+struct Listing {
+    std::int64_t inputs;
+    Sent* sent;
+    std::int64_t rows;
+    std::int32_t *index, *quads;
+    std::int8_t* value;
+
+    static void run(void* context, int part, int parts) {
+        const auto& job = *static_cast<const Listing*>(context);
+        const std::int64_t n = job.inputs, room = list_room(n), spans = num_spans(n);
+        for (std::int64_t r = job.rows * part / parts; r < job.rows * (part + 1) / parts; ++r) {
+            Sent& row = job.sent[r];
+            std::int32_t* index = job.index + r * room;
+            std::int8_t* value = job.value + r * room;
+            row.index = index, row.value = value;
+            if (job.rows <= FEW_ROWS) {
+                row.events = list_events(row.counts, n, index, value);
+            } else {
+                std::int32_t* quads = job.quads + r * spans;
+                row.quads = quads;
+                row.events = list_spans(row.counts, n, index, value, quads);
+            }
+        }
     }
 };
 
@@ -71,23 +90,25 @@ EXPORT void spikelm_matrix_unpack(const Matrix* matrix, std::int8_t* weights, in
 // counts [rows, inputs], out [rows, outputs].
 EXPORT void spikelm_matrix_product(const Matrix* matrix, const std::int8_t* counts,
                                    std::int64_t rows, std::int32_t* out, int threads) {
-    constexpr std::int64_t AT_ONCE = 16;  // rows whose lists are kept
-    thread_local std::vector<std::int32_t> index;
-    thread_local std::vector<std::int8_t> value;
-    const std::int64_t inputs = matrix->inputs, room = inputs + 4;
-    index.resize(AT_ONCE * room);
-    value.resize(AT_ONCE * room);
+    constexpr std::int64_t AT_ONCE = 256;  // rows whose lists are kept
+    const Matrix& m = *matrix;
+    const std::int64_t most = std::min(rows, AT_ONCE), room = most * list_room(m.inputs) + 4;
+    // Not filled with zeros: most of it is never touched.
+    const auto index = std::make_unique_for_overwrite<std::int32_t[]>(room);
+    const auto value = std::make_unique_for_overwrite<std::int8_t[]>(room);
+    std::vector<std::int32_t> quads(most * num_spans(m.inputs));
+    std::vector<Sent> sent(most);
     for (; rows > 0; rows -= AT_ONCE) {
         const std::int64_t some = std::min(rows, AT_ONCE);
-        std::int64_t events[AT_ONCE], all = 0;
-        for (std::int64_t r = 0; r < some; ++r) {
-            events[r] = list_events(counts + r * inputs, inputs, index.data() + r * room,
-                                    value.data() + r * room);
-            all += events[r];
-        }
-        Product job{matrix, counts, some, index.data(), value.data(), events, out};
-        parallel(Product::run, &job, parts_for(*matrix, all * (matrix->bytes / inputs), threads));
-        counts += some * inputs;
-        out += some * matrix->outputs;
+        for (std::int64_t r = 0; r < some; ++r)
+            sent[r] = {counts + r * m.inputs, nullptr, nullptr, nullptr, 0, out + r * m.outputs};
+        Listing listing{m.inputs, sent.data(), some, index.get(), quads.data(), value.get()};
+        parallel(Listing::run, &listing, parts_for(m, some * m.inputs, threads));
+        std::int64_t all = 0;
+        for (std::int64_t r = 0; r < some; ++r) all += sent[r].events;
+        Product job{&m, sent.data(), some};
+        parallel(Product::run, &job, parts_for(m, all * (m.bytes / m.inputs), threads));
+        counts += some * m.inputs;
+        out += some * m.outputs;
     }
 }

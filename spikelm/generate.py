@@ -1,4 +1,4 @@
-"""Decoding: parallel prefill, then one token at a time with constant state.
+"""Decoding: the prompt at once, then one token at a time with constant state.
 
 One engine for float and spike-coded checkpoints. N vocabulary, B sequences.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spikelm.checkpoint import Checkpoint
 from spikelm.config import WEIGHTLESS_CLASSES
-from spikelm.decoder import native_program
+from spikelm.decoder import Program, native_program
 from spikelm.errors import DataError
 from spikelm.models.spikelm import LanguageModel, shared_losses
 from spikelm.neurons import Neuron, Spikes
@@ -64,9 +64,10 @@ class Engine:
         vocabulary = self.tokenizer.vocab_size
         if not all(0 <= token < vocabulary for token in ids):
             raise DataError(f"token ids {min(ids)}..{max(ids)} given; allowed: 0..{vocabulary - 1}")
-        tokens = torch.tensor([list(ids)], device=self.model.device)
-        logits, state = run(self.model, tokens, state, reset_id=self.tokenizer.reset_id)
-        return logits[:, -1, :vocabulary], state
+        tokens = torch.tensor(list(ids), device=self.model.device)
+        reset_id = self.tokenizer.reset_id
+        logits, state = read_prompt(self.model, self.program, tokens, state, reset_id=reset_id)
+        return logits[:, :vocabulary], state
 
     @torch.inference_mode()
     def step(
@@ -95,6 +96,26 @@ class Engine:
         if neuron.tensor_class not in WEIGHTLESS_CLASSES:
             self._silent += (spikes.values == 0).sum()
             self._total += spikes.values.numel()
+
+
+def read_prompt(
+    model: LanguageModel,
+    program: Program | None,
+    tokens: Tensor,
+    state: State | None,
+    *,
+    reset_id: int | None = None,
+) -> tuple[Tensor, State]:
+    """Logits [1, N] after tokens [T] that are known, and the state; natively if that is fast."""
+    if program is None or not program.reads_prompts:
+        logits, state = run(model, tokens[None], state, reset_id=reset_id)
+        return logits[:, -1], state
+    if reset_id is not None and bool((tokens == reset_id).any()):
+        # What came before the last document is forgotten.
+        tokens, state = tokens[int((tokens == reset_id).nonzero()[-1]) :], None
+    state = (model.initial_state(1) if state is None else state).clone()
+    logits, _ = program.read(tokens, state)
+    return logits, state
 
 
 def run(

@@ -322,7 +322,7 @@ class _Lowering:
         upper, wanted = program.vector(outputs), program.list(outputs, counted=False)
         for code, size, handle in (
             (Code.ESTIMATE, [], table.upper.handle),
-            (Code.SHORTLIST, [outputs, spikes], None),
+            (Code.SHORTLIST, [outputs, spikes, linear.in_features], None),
             (Code.OUTPUTS, [wanted, True], table.lower.handle),
         ):
             listing = code is Code.SHORTLIST

@@ -29,6 +29,9 @@ from spikelm.state import State
 ALIGNMENT = 16
 """Floats of one cache line."""
 
+TOKENS_AT_ONCE = 128
+"""Of a prompt: each has a row's vectors, and all share what they read of the weights."""
+
 MIN_ROOM = 64
 """Tokens that a growing cache has room for at first; it doubles when it is full."""
 
@@ -173,22 +176,50 @@ class Program:
         vocabulary or another number of sequences than the state's; SpikelmError naming the neurons
         whose input is not finite.
         """
-        B = tokens.shape[0]
+        if state.batch_size != len(tokens):
+            raise DataError(
+                f"{len(tokens)} tokens given for a state of {state.batch_size} sequences"
+            )
+        return self._run(tokens, state, within, sequence=False)
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether `read` is the fast way to read many tokens: softmax attention over many tokens is
+        faster as matrix products.
+        """
+        return all(op.code != Code.WINDOW for op in self._ops)
+
+    def read(self, tokens: Tensor, state: State) -> tuple[Tensor, Counts]:
+        """The next T >= 1 tokens of the one sequence of `state`: int64 [T]. As `run`, with the
+        logits [1, N] after the last.
+        """
+        if state.batch_size != 1:
+            raise DataError(f"a state of one sequence is needed, not of {state.batch_size}")
+        logits, counts = torch.empty(0), Counts(0, 0, 0)
+        for some in tokens.split(TOKENS_AT_ONCE):
+            logits, more = self._run(some, state, None, sequence=True)
+            counts = Counts(*map(operator.add, counts, more))
+        return logits, counts
+
+    def _run(
+        self, tokens: Tensor, state: State, within: float | None, *, sequence: bool
+    ) -> tuple[Tensor, Counts]:
+        rows, B = len(tokens), state.batch_size
         start, size = self._logits
-        if state.batch_size != B:
-            raise DataError(f"{B} tokens given for a state of {state.batch_size} sequences")
         low, high = (int(bound) for bound in tokens.aminmax())
         if low < 0 or high >= size:
             raise DataError(f"token ids {low}..{high} given; allowed: 0..{size - 1}")
         logits = torch.empty(B, size)
         counters = (c_int64 * 3)()
         tokens = tokens.contiguous()
+        seen = rows if sequence else 1
         # Native code works in the program's own vectors, and Python lets other threads run.
         with self._lock:
-            self._bind(state, B)
+            self._bind(state, seen)
             broken = _library().spikelm_program_run(
                 self._handle,
-                B,
+                rows,
+                sequence,
                 tokens.data_ptr(),
                 state.position.data_ptr(),
                 self._addresses,
@@ -206,14 +237,14 @@ class Program:
                 f"{self._names[broken]} got numbers that are not finite; the weights or the state "
                 "are broken"
             )
-        state.position.add_(1)
+        state.position.add_(seen)
         return logits, Counts(*counters)
 
-    def _bind(self, state: State, rows: int) -> None:
+    def _bind(self, state: State, tokens: int) -> None:
         """Looks up the addresses of the state's tensors, unless they are those of the last call;
-        makes tensors contiguous, and growing ones long enough.
+        makes tensors contiguous, and growing ones long enough for so many tokens more.
         """
-        needed = int(state.position.max()) + 1 if self._growing else 0
+        needed = int(state.position.max()) + tokens if self._growing else 0
         for layer, name in self._growing:
             tensor = state.layers[layer][name]
             more = max(MIN_ROOM, 2 * needed) - tensor.shape[1]
@@ -226,8 +257,9 @@ class Program:
             assert tensor.dtype in (torch.float32, torch.int8)
             state.layers[layer][name] = tensor.contiguous()
         self._bound = bound = [state.layers[layer][name] for layer, name in self._states]
-        self._addresses = (c_void_p * (rows * len(bound)))(
-            *(t.data_ptr() + b * t.stride(0) * t.itemsize for b in range(rows) for t in bound)
+        B = state.batch_size
+        self._addresses = (c_void_p * (B * len(bound)))(
+            *(t.data_ptr() + b * t.stride(0) * t.itemsize for b in range(B) for t in bound)
         )
         self._slots = (c_int64 * len(bound))(*(t.shape[1] for t in bound))
 
@@ -247,7 +279,7 @@ def _library() -> Any:
         ("spikelm_program_free", None, c_void_p),
         (
             "spikelm_program_run",
-            *(c_int64, c_void_p, c_int64, *[c_void_p] * 4),
+            *(c_int64, c_void_p, c_int64, c_int, *[c_void_p] * 4),
             *(c_int64, c_int64, c_int64, c_float, c_void_p, c_void_p, c_int),
         ),
     ]

@@ -131,7 +131,9 @@ def main_eval(argv: list[str]) -> int:
 def build_bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spikelm bench", description="Time and memory.")
     commands = parser.add_subparsers(
-        dest="command", required=True, metavar="{length,memory,decode,kernel,head,block,steps}"
+        dest="command",
+        required=True,
+        metavar="{length,memory,decode,prefill,kernel,head,block,steps}",
     )
     about = (
         "time to first token, time per token, peak memory and state against length, beside the "
@@ -159,35 +161,20 @@ def build_bench_parser() -> argparse.ArgumentParser:
     memory.add_argument("--json", action="store_true", help="print one JSON object")
     about = "time per token of a preset's shape at a chosen silence, beside other programs"
     decode = commands.add_parser("decode", help=about, description=about.capitalize() + ".")
-    decode.add_argument("model", metavar="PRESET", help="name or YAML file")
-    decode.add_argument(
-        "--silence",
-        default="0.8",
-        metavar="Z[,HIDDEN]",
-        help="silent fraction of what enters matrices, and of the FFN's hidden vector if it has "
-        "another (%(default)s)",
-    )
-    decode.add_argument("--bits", type=int, default=8, help="of our weights, 8 or 4 (%(default)s)")
-    decode.add_argument("--threads", type=int, default=1, help="of everybody (%(default)s)")
-    decode.add_argument(
-        "--against",
-        default="dense",
-        metavar="NAMES",
-        help="dense, llama.cpp, transformers, rwkv; several with commas (%(default)s)",
-    )
-    decode.add_argument("--rounds", type=int, default=4, help="of turns (%(default)s)")
+    _add_contest(decode)
     decode.add_argument("--tokens", type=int, default=12, help="of each turn (%(default)s)")
     decode.add_argument(
         "--position", type=int, default=0, help="tokens that came before (%(default)s)"
     )
     decode.add_argument(
-        "--load",
-        type=int,
-        default=0,
-        metavar="N",
-        help="run each round again beside N processes that each keep a core busy (%(default)s)",
+        "--batch", type=int, default=1, help="sequences decoded at once (%(default)s)"
     )
-    decode.add_argument("--json", action="store_true", help="print one JSON object")
+    about = "time per token of a prompt on a preset's shape, beside other programs"
+    prefill = commands.add_parser("prefill", help=about, description=about.capitalize() + ".")
+    _add_contest(prefill)
+    prefill.add_argument(
+        "--prompt-tokens", type=int, default=512, help="of each turn (%(default)s)"
+    )
     about = "speed of a preset's event-driven products alone, beside what memory allows"
     kernel = commands.add_parser("kernel", help=about, description=about.capitalize() + ".")
     kernel.add_argument(
@@ -243,12 +230,57 @@ def build_bench_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_contest(parser: argparse.ArgumentParser) -> None:
+    """What every race against other programs can be told."""
+    parser.add_argument("model", metavar="PRESET", help="name or YAML file")
+    parser.add_argument(
+        "--silence",
+        default="0.8",
+        metavar="Z[,HIDDEN]",
+        help="silent fraction of what enters matrices, and of the FFN's hidden vector if it has "
+        "another (%(default)s)",
+    )
+    parser.add_argument("--bits", type=int, default=8, help="of our weights, 8 or 4 (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of everybody (%(default)s)")
+    parser.add_argument(
+        "--against",
+        default="dense",
+        metavar="NAMES",
+        help="dense, llama.cpp, transformers, rwkv; several with commas (%(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=4, help="of turns (%(default)s)")
+    parser.add_argument(
+        "--load",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run each round again beside N processes that each keep a core busy (%(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _contest(args: argparse.Namespace) -> dict[str, Any]:
+    from spikelm.eval.decode import parse_silence
+
+    silence, hidden = parse_silence(args.silence)
+    return {
+        "silence": silence,
+        "hidden_silence": hidden,
+        "bits": args.bits,
+        "threads": args.threads,
+        "against": [name for name in args.against.split(",") if name],
+        "rounds": args.rounds,
+        "load": args.load,
+    }
+
+
 def main_bench(argv: list[str]) -> int:
     args = build_bench_parser().parse_args(argv)
     commands = {
         "length": _bench_length,
         "memory": _bench_memory,
         "decode": _bench_decode,
+        "prefill": _bench_prefill,
         "kernel": _bench_kernel,
         "head": _bench_head,
         "block": _bench_block,
@@ -258,23 +290,23 @@ def main_bench(argv: list[str]) -> int:
 
 
 def _bench_decode(args: argparse.Namespace) -> int:
-    from spikelm.eval.decode import bench_decode, parse_silence
+    from spikelm.eval.decode import bench_decode
     from spikelm.eval.tables import decode_table
 
-    silence, hidden = parse_silence(args.silence)
+    options = _contest(args)
     report = bench_decode(
-        args.model,
-        silence=silence,
-        hidden_silence=hidden,
-        bits=args.bits,
-        threads=args.threads,
-        against=[name for name in args.against.split(",") if name],
-        rounds=args.rounds,
-        tokens=args.tokens,
-        position=args.position,
-        load=args.load,
+        args.model, **options, tokens=args.tokens, position=args.position, batch=args.batch
     )
     print(json.dumps(report, indent=2) if args.json else decode_table(report))
+    return 0
+
+
+def _bench_prefill(args: argparse.Namespace) -> int:
+    from spikelm.eval.prefill import bench_prefill
+    from spikelm.eval.tables import prefill_table
+
+    report = bench_prefill(args.model, **_contest(args), prompt_tokens=args.prompt_tokens)
+    print(json.dumps(report, indent=2) if args.json else prefill_table(report))
     return 0
 
 

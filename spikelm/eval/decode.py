@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import process_time
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from spikelm.eval.peers import (
     LlamaCpp,
     Reader,
     Rwkv,
+    Seconds,
     Spawned,
     Transformers,
     write_pth,
@@ -69,6 +70,7 @@ def bench_decode(
     tokens: int = 12,
     position: int = 0,
     load: int = 0,
+    batch: int = 1,
 ) -> dict[str, Any]:
     """Median times per token and ratios to ours, as JSON types.
 
@@ -76,16 +78,59 @@ def bench_decode(
     the FFN's hidden vector (the same by default). `bits` are those of our weights (the head has 8)
     and decide llama.cpp's: Q8_0 or Q4_0. Behind `position` tokens that are not read.
 
+    A step decodes a token for each of `batch` sequences, and a token's time is its share of that;
+    other programs than ours take part with one sequence only.
+
     With `load`, every round is run once more while so many other processes each keep a core busy,
     and `slowdown` says what that does to everyone.
 
     `dense` is our own decoder with nothing silent. Raises: ConfigError for what is not allowed,
     BackendError if a contestant fails, MissingExtraError if its package is not there.
     """
+    _check_position(position, batch, against)
+    found = contest(
+        preset,
+        lambda contestant: contestant.decode_at(position, tokens),
+        silence=silence,
+        hidden_silence=hidden_silence,
+        bits=bits,
+        threads=threads,
+        against=against,
+        rounds=rounds,
+        tokens=tokens,
+        batch=batch,
+        load=load,
+        limit=batch == 1,
+        context=position + 2 * tokens,
+        divisor=batch,
+    )
+    return found | {"position": position, "batch": batch}
+
+
+def contest(
+    preset: str,
+    turn: Callable[[Contestant], Sequence[Seconds]],
+    *,
+    silence: float,
+    hidden_silence: float | None,
+    bits: int,
+    threads: int,
+    against: Sequence[str],
+    rounds: int,
+    tokens: int,
+    context: int,
+    divisor: int,
+    batch: int = 1,
+    load: int = 0,
+    limit: bool = False,
+) -> dict[str, Any]:
+    """The report of contestants that take turns; each turn's median counts, by `divisor` tokens.
+
+    `limit` asks for what memory allows one token at a time.
+    """
     hidden_silence = silence if hidden_silence is None else hidden_silence
-    _check(silence, hidden_silence, bits, threads, against, rounds, tokens, position)
-    if load < 0:
-        raise ConfigError(f"load: {load} given; allowed: an integer >= 0")
+    _check(silence, hidden_silence, bits, threads, against, rounds, tokens)
+    _at_least("load", load, 0)
     config = load_model_config(preset)
     llama = {8: "Q8_0", 4: "Q4_0"}[bits]
     results: dict[str, list[tuple[float, float]]] = {}
@@ -100,16 +145,16 @@ def bench_decode(
             contestants[label] = contestant
             _log.info("%s is ready", label)
 
-        own = (config, silence, hidden_silence, bits, threads)
+        own = (config, silence, hidden_silence, bits, threads, batch)
         enter("spikelm", Spawned("spikelm", OurReader, *own))
         for peer in against:
             if peer == "dense":
-                enter("dense", Spawned("dense", OurReader, config, 0.0, 0.0, bits, threads))
+                dense = (config, 0.0, 0.0, bits, threads, batch)
+                enter("dense", Spawned("dense", OurReader, *dense))
             elif peer == "llama.cpp":
                 file = Path(folder) / "model.gguf"
                 write_gguf(file, config, quantisation=llama)  # type: ignore[arg-type]
-                context = max(4096, position + 2 * tokens)
-                enter(f"llama.cpp {llama}", LlamaCpp(file, threads, context=context))
+                enter(f"llama.cpp {llama}", LlamaCpp(file, threads, context=max(4096, context)))
             elif peer == "transformers":
                 enter("transformers", Transformers(config, threads))
             else:
@@ -120,12 +165,13 @@ def bench_decode(
             for found, processes in ((results, 0), (loaded, load))[: 1 + bool(load)]:
                 with busy(processes):
                     for label, contestant in contestants.items():
-                        seconds = contestant.decode_at(position, tokens)
-                        wall = statistics.median(s.wall for s in seconds)
-                        cpu = statistics.median(s.cpu for s in seconds)
+                        seconds = turn(contestant)
+                        wall = statistics.median(s.wall for s in seconds) / divisor
+                        cpu = statistics.median(s.cpu for s in seconds) / divisor
                         found.setdefault(label, []).append((wall, cpu))
                         _log.info("round %d, %s: %.2f ms", round_number + 1, label, 1e3 * wall)
-            rates.append(contestants["spikelm"].bandwidth(threads))
+            if limit:
+                rates.append(contestants["spikelm"].bandwidth(threads))
         for label, contestant in contestants.items():
             facts[label] = {"resident_bytes": contestant.resident_bytes(), **contestant.facts()}
     ours = results["spikelm"]
@@ -145,7 +191,6 @@ def bench_decode(
         "threads": threads,
         "rounds": rounds,
         "tokens": tokens,
-        "position": position,
         "contestants": [
             {
                 "name": label,
@@ -158,7 +203,9 @@ def bench_decode(
         "ratios": {
             label: ratios(found, ours) for label, found in results.items() if label != "spikelm"
         },
-        "limit": _limit(facts["spikelm"], rates, [cpu / threads for _, cpu in ours]),
+        "limit": _limit(facts["spikelm"], rates, [cpu / threads for _, cpu in ours])
+        if limit
+        else None,
         "load": load,
         "slowdown": {label: ratios(found, results[label]) for label, found in loaded.items()},
     }
@@ -211,7 +258,6 @@ def _check(
     against: Sequence[str],
     rounds: int,
     tokens: int,
-    position: int,
 ) -> None:
     for name, value in (("silence", silence), ("hidden silence", hidden_silence)):
         if not 0 <= value < 1:
@@ -222,20 +268,43 @@ def _check(
         ("threads", threads, 1),
         ("rounds", rounds, 1),
         ("tokens", tokens, 1),
-        ("position", position, 0),
     ):
-        if count < low:
-            raise ConfigError(f"{name}: {count} given; allowed: an integer >= {low}")
+        _at_least(name, count, low)
     for peer in against:
         if peer not in PEERS:
             raise ConfigError(f"against: '{peer}' given; {did_you_mean(peer, PEERS)}")
 
 
+def _at_least(name: str, count: int, low: int) -> None:
+    if count < low:
+        raise ConfigError(f"{name}: {count} given; allowed: an integer >= {low}")
+
+
+def _check_position(position: int, batch: int, against: Sequence[str]) -> None:
+    _at_least("position", position, 0)
+    _at_least("batch", batch, 1)
+    others = [peer for peer in against if peer != "dense"]
+    if batch > 1 and others:
+        raise ConfigError(
+            f"batch: {batch} given against {', '.join(others)}; several sequences at once are "
+            "measured against dense only"
+        )
+
+
 class OurReader(Reader):
-    """Our decoder, in the process of a contestant."""
+    """Our decoder, in the process of a contestant: `batch` sequences if a token is read at a time.
+
+    Many tokens are read as the engine reads a prompt, of one sequence.
+    """
 
     def __init__(
-        self, config: ModelConfig, silence: float, hidden: float, bits: int, threads: int
+        self,
+        config: ModelConfig,
+        silence: float,
+        hidden: float,
+        bits: int,
+        threads: int,
+        batch: int = 1,
     ) -> None:
         import torch
 
@@ -249,7 +318,7 @@ class OurReader(Reader):
         program, obstacle = native_program(self.model)
         if program is None:
             raise BackendError(f"this model does not decode natively: {obstacle}")
-        self.program = program
+        self.program, self.batch = program, batch
         self.counts, self.tokens = [0, 0, 0], 0
         self.silence = self._silence()
         self.passes: Passes | None = None
@@ -266,20 +335,31 @@ class OurReader(Reader):
         return {name: tally.silent_fraction for name, tally in meter.tallies.items()}
 
     def hold(self, tokens: int) -> None:
-        self.state = self.model.initial_state(1).clone()
+        self.state = self.model.initial_state(self.batch).clone()
         self.state.position.fill_(tokens)
         self.seen = 0
 
     def read(self, tokens: int) -> None:
         import torch
 
-        for _ in range(tokens):
-            token = self.seen * 7919 % self.model.config.vocab_size
-            # As a greedy generation does.
-            _, counts = self.program.run(torch.tensor([token]), self.state, within=0.0)
-            self.seen += 1
-            self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
-            self.tokens += 1
+        from spikelm.decoder.program import Counts
+        from spikelm.generate import run
+
+        N = self.model.config.vocab_size
+        if tokens == 1:
+            # Sequences read other tokens: their spikes differ. As a greedy generation does.
+            ids = (torch.arange(self.batch) * 104_729 + self.seen * 7919) % N
+            _, counts = self.program.run(ids, self.state, within=0.0)
+        elif self.program.reads_prompts:
+            ids = (self.seen + torch.arange(tokens)) * 7919 % N
+            _, counts = self.program.read(ids, self.state)
+        else:
+            ids, counts = (self.seen + torch.arange(tokens)) * 7919 % N, Counts(0, 0, 0)
+            with torch.inference_mode():
+                _, self.state = run(self.model, ids[None], self.state, reset_id=None)
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        self.seen += tokens
+        self.tokens += tokens * self.batch
 
     def bandwidth(self, threads: int) -> dict[str, float]:
         """Bytes per second of CPU time that reading the weights without arithmetic reaches: all of

@@ -316,6 +316,37 @@ def steps_table(report: Mapping[str, Any]) -> str:
 
 def decode_table(report: Mapping[str, Any]) -> str:
     """What `spikelm bench decode` prints: a row per contestant."""
+    ours = report["contestants"][0]
+    lines = [
+        _contest_table(report),
+        f"{size(ours['bytes_per_token'])} of {size(ours['weight_bytes'])} of weights per token, "
+        f"{size(ours['state_bytes'])} of state",
+        f"{report['threads']} threads, medians of {report['tokens']} tokens in "
+        f"{report['rounds']} rounds, behind {report['position']:,} tokens",
+    ]
+    if report["batch"] > 1:
+        lines.append(f"{report['batch']} sequences at once; a token's time is its share of a step")
+    if report["limit"]:
+        lines += _limit_lines(report["limit"])
+    lines += _slowdown_lines(report)
+    return "\n".join(lines)
+
+
+def prefill_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm bench prefill` prints: a row per contestant."""
+    rates = ", ".join(f"{c['name']} {c['tokens_per_second']:.0f}" for c in report["contestants"])
+    return "\n".join(
+        [
+            _contest_table(report),
+            f"tokens per second: {rates}",
+            f"{report['threads']} threads, medians of {report['rounds']} prompts of "
+            f"{report['tokens']} tokens",
+            *_slowdown_lines(report),
+        ]
+    )
+
+
+def _contest_table(report: Mapping[str, Any]) -> str:
     head = ["ms per token", "by CPU time", "over ours", "by CPU time", "lowest", "highest"]
     rows = [[f"{report['preset']}, {report['bits']} bits", *head, "resident"]]
     for found in report["contestants"]:
@@ -330,20 +361,12 @@ def decode_table(report: Mapping[str, Any]) -> str:
                 for ratio in (wall["median"], cpu["median"], cpu["lowest"], cpu["highest"])
             ]
         rows.append([found["name"], *times, *cells, size(found["resident_bytes"])])
-    ours = report["contestants"][0]
     asked = report["silence_asked_for"]
-    lines = [
-        aligned(rows),
-        "",
-        f"{ours['silent_fraction']:.1%} silent (asked for: {asked['inputs']:.0%}, hidden "
-        f"{asked['ffn_hidden']:.0%}): {size(ours['bytes_per_token'])} of "
-        f"{size(ours['weight_bytes'])} of weights per token, {size(ours['state_bytes'])} of state",
-        f"{report['threads']} threads, medians of {report['tokens']} tokens in "
-        f"{report['rounds']} rounds, behind {report['position']:,} tokens",
-        *_limit_lines(report["limit"]),
-        *_slowdown_lines(report),
-    ]
-    return "\n".join(lines)
+    silent = report["contestants"][0]["silent_fraction"]
+    silence = (
+        f"{silent:.1%} silent (asked for: {asked['inputs']:.0%}, hidden {asked['ffn_hidden']:.0%})"
+    )
+    return "\n".join([aligned(rows), "", silence])
 
 
 def _limit_lines(limit: Mapping[str, Any]) -> list[str]:

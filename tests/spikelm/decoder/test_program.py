@@ -13,18 +13,27 @@ import torch
 
 from spikelm import checkpoint
 from spikelm.coding.meter import Meter
-from spikelm.config import FFNConfig, ModelConfig, NeuronConfig, NeuronsConfig
+from spikelm.config import (
+    FFNConfig,
+    GLAConfig,
+    ModelConfig,
+    NeuronConfig,
+    NeuronsConfig,
+    RWKV7Config,
+)
 from spikelm.conversion.convert import convert
 from spikelm.decoder import native_program
-from spikelm.decoder.program import MIN_ROOM
+from spikelm.decoder.program import MIN_ROOM, TOKENS_AT_ONCE
 from spikelm.errors import CheckpointError, DataError, SpikelmError
 from spikelm.eval.traffic import weight_traffic
-from spikelm.generate import Engine
+from spikelm.generate import Engine, run
 from spikelm.kernels import rows
 from spikelm.kernels.outputs import Halves
 from spikelm.models.spikelm import LanguageModel
 from spikelm.state import State
 from spikelm.tokenizer import Tokenizer
+
+GATED = ["layers.0.ffn.input", "layers.1.ffn.input"]
 
 pytestmark = pytest.mark.skipif(rows.unavailable() is not None, reason="no native matrices")
 
@@ -57,6 +66,82 @@ def test_threads_do_not_change_a_bit(engine: Engine) -> None:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+@pytest.mark.parametrize(
+    "mixers", [("rwkv7", "delta"), ("gla", "wkv4"), ("window", "full")], ids="-".join
+)
+def test_a_prompt_leaves_what_its_tokens_one_by_one_leave(
+    tiny_config: Callable[..., ModelConfig],
+    tmp_path: Path,
+    mixers: tuple[str, ...],
+    by_output: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if by_output:
+        monkeypatch.setattr("spikelm.models.coded.TWO_STAGE_OUTPUTS", 1)
+        monkeypatch.setattr("spikelm.conversion.convert._mostly_closed", lambda model, _: GATED)
+    model = LanguageModel(
+        tiny_config(
+            mixers=mixers,
+            ffn=FFNConfig(kind="reglu" if by_output else "channel_mix", hidden_dim=64),
+            rwkv7=RWKV7Config(head_dim=16, decay_rank=4, rate_rank=4, value_rank=4, gate_rank=4),
+            gla=GLAConfig(num_heads=2, num_kv_heads=1, key_dim=8, value_dim=12),
+        )
+    ).initialise(0)
+    checkpoint.save(tmp_path / "float", model, Tokenizer.bytes())
+    convert(tmp_path / "float", tmp_path / "coded", torch.arange(96).view(2, 48))
+    engine = Engine(checkpoint.load(tmp_path / "coded", backend="native"))
+    program = engine.program
+    assert program is not None
+    assert program.reads_prompts == ("full" not in mixers)
+    ids = (torch.arange(TOKENS_AT_ONCE + 21) * 37) % 250
+    one_by_one = engine.model.initial_state(1).clone()
+    silent = total = 0
+    for token in ids:
+        expected, counts = program.run(token[None], one_by_one)
+        silent, total = silent + counts.silent, total + counts.total
+    before = torch.get_num_threads()
+    try:
+        for threads, cut in ((1, 1), (3, 3), (2, 40)):
+            torch.set_num_threads(threads)
+            state = engine.model.initial_state(1).clone()
+            _, first = program.read(ids[:cut], state)
+            logits, rest = program.read(ids[cut:], state)
+            assert torch.equal(logits, expected)
+            # The head's spikes are counted, its product is done for the last token only.
+            assert first.silent + rest.silent == silent
+            assert first.total + rest.total == total
+            assert state.position.item() == one_by_one.position.item() == len(ids)
+            for x, y in zip(state.layers, one_by_one.layers, strict=True):
+                for name, tensor in y.items():
+                    seen = min(tensor.shape[1], x[name].shape[1])
+                    assert torch.equal(x[name][:, :seen], tensor[:, :seen]), name
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_document_that_begins_in_a_prompt_forgets_what_came_before(engine: Engine) -> None:
+    begin = engine.tokenizer.reset_id
+    assert begin is not None
+    assert engine.program is not None
+    _, before = engine.prefill([5, 6, 7])
+    found, state = engine.prefill([1, begin, 2, begin, 3, 4], before)
+    expected, alone = engine.prefill([begin, 3, 4])
+    assert torch.equal(found, expected)
+    assert state.position.item() == alone.position.item()
+    logits, _ = run(engine.model, torch.tensor([[1, begin, 2, begin, 3, 4]]), None, reset_id=begin)
+    torch.testing.assert_close(found, logits[:, -1, : found.shape[1]], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("B", [2, 5, 8, 9, 20])
+def test_a_sequence_does_not_depend_on_its_batch(engine: Engine, B: int) -> None:
+    _, state = engine.prefill([1, 2, 3])
+    alone = [engine.step(torch.tensor([10 * b]), state)[0] for b in range(B)]
+    many = state.map(lambda tensor: tensor.expand(B, *tensor.shape[1:]))
+    logits, _ = engine.step(10 * torch.arange(B), many)
+    assert torch.equal(logits, torch.cat(alone))
 
 
 def test_in_place_is_the_same_in_the_states_own_memory(engine: Engine) -> None:
@@ -197,11 +282,10 @@ def test_a_closed_gate_reads_no_weights(
         neurons = NeuronsConfig(ffn_input=neuron)
         model = LanguageModel(tiny_config(**fields, neurons=neurons)).initialise(0)
         folder = coded(model, tmp_path / str(gated))
-        names = ["layers.0.ffn.input", "layers.1.ffn.input"]
         config = json.loads((folder / "config.json").read_text())
-        assert config["spike_coding"].get("gated", []) == (names if gated else [])
+        assert config["spike_coding"].get("gated", []) == (GATED if gated else [])
         found, read = [], []
-        for listed in ([], names):
+        for listed in ([], GATED):
             config["spike_coding"]["gated"] = listed
             (folder / "config.json").write_text(json.dumps(config))
             engine = Engine(checkpoint.load(folder, backend="native"))

@@ -154,6 +154,8 @@ def test_command(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "over ours" in printed
     assert "memory allows" in printed
     assert "beside 1 busy processes" in printed
+    assert main_bench(["decode", preset, *small, "--batch", "3"]) == 0
+    assert "3 sequences at once" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,11 @@ def test_command(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
         ({"rounds": 0}, "rounds: 0 given"),
         ({"load": -1}, "load: -1 given"),
         ({"position": -1}, "position: -1 given; allowed: an integer >= 0"),
+        ({"batch": 0}, "batch: 0 given; allowed: an integer >= 1"),
+        (
+            {"batch": 2, "against": ["dense", "rwkv"]},
+            "batch: 2 given against rwkv; several sequences at once are",
+        ),
         ({"against": ["vllm"]}, "against: 'vllm' given"),
         ({"preset": "rwkv7"}, "no such file or preset"),
     ],
@@ -186,3 +193,13 @@ def test_what_does_not_decode_natively_is_said(shape: ModelConfig) -> None:
     config = dataclasses.replace(shape, head_qk_dim=8)
     with pytest.raises(BackendError, match="does not decode natively: there is no native form of"):
         OurReader(config, 0.5, 0.5, 8, 1)
+
+
+def test_a_batch_shares_the_time_of_a_step(
+    preset: str, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [Seconds(3.0, 6.0)]
+    monkeypatch.setattr(InProcess, "decode_at", lambda self, position, n: n * steps)
+    report = bench_decode(preset, rounds=1, tokens=2, batch=3, against=[])
+    (ours,) = report["contestants"]
+    assert (ours["ms_per_token"], ours["cpu_ms_per_token"]) == (1e3, 2e3)

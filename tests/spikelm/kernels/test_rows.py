@@ -73,6 +73,20 @@ def test_exact_at_any_shape_and_silence(isa: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+def test_rows_do_not_depend_on_how_many_they_are(isa: str, bits: int) -> None:
+    g = torch.Generator().manual_seed(bits)
+    # More than a stretch of inputs, a strip of outputs, or a panel.
+    for K, N in ((1, 1), (3, 129), (511, 65), (1027, 257), (521, 4161), (5, 8321)):
+        weight = drawn((K, N), 127 if bits == 8 else 7, g)
+        matrix = RowMatrix(weight, bits)
+        silent = torch.tensor([0.0, 0.2, 0.6, 0.9, 1.0]).repeat(60)[:, None]
+        counts = drawn((300, K), 127, g) * (torch.rand(300, K, generator=g) >= silent)
+        exact = expected(counts, weight)
+        for R in (1, 2, 7, 8, 9, 31, 300):
+            assert torch.equal(matrix.product(counts[:R]).long(), exact[:R]), (K, N, R)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_the_largest_sums_fit(isa: str, bits: int) -> None:
     least = -128 if bits == 8 else -8
     weight = torch.full((rows.MAX_INPUTS, 1), least, dtype=torch.int8)
@@ -85,12 +99,13 @@ def test_the_largest_sums_fit(isa: str, bits: int) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_threads_change_no_bit(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     g = torch.Generator().manual_seed(1)
-    weight, counts = drawn((700, 2100), 7, g), drawn((2, 700), 3, g)
+    weight, counts = drawn((700, 2100), 7, g), drawn((30, 700), 3, g)
     matrix = RowMatrix(weight, bits)
     for threads in (1, 2, 5, 300):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         for _ in range(20):
-            assert torch.equal(matrix.product(counts).long(), expected(counts, weight))
+            for some in (counts[:2], counts):
+                assert torch.equal(matrix.product(some).long(), expected(some, weight))
         assert torch.equal(matrix.dense, weight)
 
 
