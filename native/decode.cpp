@@ -85,6 +85,8 @@ struct Row {
     std::int64_t token = 0, position = 0;
     float within = INFINITY;  // how far below the largest logit they are exact
     const Row* before = nullptr;  // the token before it, if that is a row of this call too
+    // Bytes of matrix-valued states that were read or written, and those of a dense update.
+    std::atomic<std::int64_t> touched{0}, dense{0};
     char* const* state = nullptr;
     const std::int64_t* slots = nullptr;  // the second axis of the state tensors
 };
@@ -118,6 +120,12 @@ INLINE float summed(std::int64_t n, F term) {
         for (int l = 0; l < width; l++)
             lanes[l] += lanes[l + width];
     return lanes[0];
+}
+
+INLINE void prefetch([[maybe_unused]] const float* at) {
+#if defined(__GNUC__)
+    __builtin_prefetch(at, 0, 2);
+#endif
 }
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -465,6 +473,14 @@ CLONES void wkv4(const Op& op, Row& row) {
         y[i] *= sigmoid(r[i]);
 }
 
+// Of a head with K rows of V floats; `pending` floats of the rows are read and written too.
+INLINE void count_state(Row& row, std::int64_t read, std::int64_t written, std::int64_t K,
+                        std::int64_t V, bool pending) {
+    const std::int64_t bytes = sizeof(float);
+    row.touched += bytes * (V * (read + written) + (pending ? 2 * K : 0));
+    row.dense += bytes * 2 * V * K;
+}
+
 enum Decay : std::int32_t { CHANNEL, SCALAR, TIED, FIXED };
 enum Feature : std::int32_t { RELU, LOGISTIC, SILU, IDENTITY };
 
@@ -494,6 +510,7 @@ CLONES void gla(const Op& op, Row& row, std::int64_t g) {
     for (std::int64_t j = 0; j < V; j++)
         v[j] = take(values + j);
     float* S = remembered(op, row, 0) + g * K * V;
+    count_state(row, K, K, K, V, false);
     for (std::int64_t i = 0; i < K; i++) {
         const float key = take(keys + i);
         float log_decay;
@@ -590,58 +607,110 @@ INLINE bool unit(float* out, const float* x, std::int64_t n, const Op& op, const
 }
 
 // size: H, K, V, decays per head, erase rates per head, write rates per head, max_count, unsigned;
-// at: q k v, gate logits, out; state: S; number: decay floor, unit eps, norm eps, k of the neurons
-// (0: off); data: gate bias, norm weight, dead zones of queries and of keys.
+// at: q k v, gate logits, out; state: S, pending log-decays of its rows (or -1: they owe none);
+// number: decay floor, unit eps, norm eps, k of the neurons (0: off); data: gate bias, norm weight,
+// dead zones of queries and of keys.
 INLINE bool delta_head(const Op& op, Row& row, std::int64_t h, const std::int64_t V) {
     const std::int64_t H = op.size[0], K = op.size[1];
     const std::int64_t decays = op.size[3], erases = op.size[4], writes = op.size[5];
     const float *qkv = vector(op, row, 0), *logits = vector(op, row, 1), *bias = data<float>(op, 0);
     float* S = remembered(op, row, 0) + h * K * V;
-    float q[1024], k[1024], erased[1024], read[1024];
+    float* pending = op.state[1] < 0 ? nullptr : remembered(op, row, 1) + h * K;
+    float q[1024], k[1024], owed[1024], left[1024], erase[1024], write[1024], erased[1024];
+    float read[1024];
     if (!unit(q, qkv + h * K, K, op, data<float>(op, 2))) return false;
     if (!unit(k, qkv + (H + h) * K, K, op, data<float>(op, 3))) return false;
     const float* v = qkv + 2 * H * K + h * V;
-    auto gate = [&](std::int64_t at) { return sigmoid(logits[at] + bias[at]); };
+    // This head's gates, `each` of those of all heads at `at`; a single one is for all n entries.
+    auto gates = [&](float* to, std::int64_t n, std::int64_t at, std::int64_t each) {
+        const float *x = logits + at + h * each, *b = bias + at + h * each;
+        CHANNELS
+        for (std::int64_t i = 0; i < each; i++)
+            to[i] = sigmoid(x[i] + b[i]);
+        if (each == 1) std::fill(to + 1, to + n, to[0]);
+    };
     const std::int64_t erase_at = H * decays, write_at = writes ? erase_at + H * erases : erase_at;
     const std::int64_t gate_at = write_at + H * (writes ? writes : 1);
+    // Rows that this token writes: those of the keys' spikes, or all if what they lose cannot wait.
+    // Behind them the rows that it only reads.
+    const bool all = decays && !pending;
+    std::int32_t touched[1024 + 1];  // one is written before it is known to count
+    std::int64_t n = 0;
+    for (std::int64_t i = 0; i < K; i++) {
+        touched[n] = static_cast<std::int32_t>(i);
+        n += all || k[i] != 0;
+    }
+    const std::int64_t written = n;
+    for (std::int64_t i = 0; i < K && written < K; i++) {
+        touched[n] = static_cast<std::int32_t>(i);
+        n += !all && k[i] == 0 && q[i] != 0;
+    }
+    // Rows here and there are found too late by the processor itself. Asked into L2, as L1 takes
+    // only as many at a time as it can wait for.
+    for (std::int64_t t = 0; t < n && !all; t++)
+        for (std::int64_t j = 0; j < V; j += 16)
+            prefetch(S + touched[t] * V + j);
+    if (decays) gates(owed, K, 0, decays);
+    for (std::int64_t i = 0; i < K; i++)
+        owed[i] = decays ? op.number[0] * owed[i] : 0.0f;
+    if (pending) {
+        CHANNELS
+        for (std::int64_t i = 0; i < K; i++) {
+            owed[i] += pending[i];
+            pending[i] = k[i] != 0 ? 0.0f : owed[i];
+        }
+    }
+    gates(erase, K, erase_at, erases);
+    for (std::int64_t i = 0; i < K; i++) {
+        left[i] = exponential(owed[i]);
+        erase[i] *= k[i] * left[i];
+    }
     std::fill(erased, erased + V, 0.0f);
     std::fill(read, read + V, 0.0f);
-    for (std::int64_t i = 0; i < K; i++) {
-        float* row_i = S + i * V;
-        if (decays && (i == 0 || decays > 1)) {
-            // One decay for all rows, or one for each.
-            const std::int64_t rows = decays > 1 ? 1 : K;
-            const float a = exponential(op.number[0] * gate(h * decays + i));
-            for (std::int64_t j = 0; j < rows * V; j++)
-                row_i[j] *= a;
-        }
-        if (k[i] == 0) continue;
-        const float b = gate(erase_at + h * erases + (erases > 1 ? i : 0)) * k[i];
+    for (std::int64_t t = 0; t < written; t++) {
+        const float *row_i = S + touched[t] * V, b = erase[touched[t]];
+        // The branch also keeps GCC from joining rows two by two, which would not vectorise.
+        if (b == 0) continue;
         for (std::int64_t j = 0; j < V; j++)
             erased[j] += b * row_i[j];
     }
-    for (std::int64_t j = 0; j < V; j++) {
-        const float w = gate(write_at + (writes > 1 ? h * V + j : h));
-        erased[j] = w * v[j] - erased[j];
-    }
-    for (std::int64_t i = 0; i < K; i++) {
+    gates(write, V, write_at, writes ? writes : 1);
+    for (std::int64_t j = 0; j < V; j++)
+        erased[j] = write[j] * v[j] - erased[j];
+    for (std::int64_t t = 0; t < written; t++) {
+        const std::int64_t i = touched[t];
         float* row_i = S + i * V;
-        if (k[i] != 0)
-            for (std::int64_t j = 0; j < V; j++)
-                row_i[j] += k[i] * erased[j];
-        if (q[i] != 0)
-            for (std::int64_t j = 0; j < V; j++)
-                read[j] += q[i] * row_i[j];
+        const float k_i = k[i], q_i = q[i], left_i = left[i];
+        for (std::int64_t j = 0; j < V; j++) {
+            const float s = left_i * row_i[j] + k_i * erased[j];
+            row_i[j] = s;
+            read[j] += q_i * s;
+        }
     }
+    for (std::int64_t t = written; t < n; t++) {
+        const float *row_i = S + touched[t] * V, q_i = q[touched[t]] * left[touched[t]];
+        if (q_i == 0) continue;
+        for (std::int64_t j = 0; j < V; j++)
+            read[j] += q_i * row_i[j];
+    }
+    count_state(row, n, written, K, V, pending);
     float* out = vector(op, row, 2) + h * V;
     normalise(out, read, V, op.number[2], data<float>(op, 1), nullptr);
+    gates(write, V, gate_at, V);
     for (std::int64_t j = 0; j < V; j++)
-        out[j] *= gate(gate_at + h * V + j);
+        out[j] *= write[j];
     return true;
 }
 
 CLONES bool delta(const Op& op, Row& row, std::int64_t h) {
-    return op.size[2] == 64 ? delta_head(op, row, h, 64) : delta_head(op, row, h, op.size[2]);
+    switch (op.size[2]) {
+        case 64:
+            return delta_head(op, row, h, 64);
+        case 128:
+            return delta_head(op, row, h, 128);
+        default:
+            return delta_head(op, row, h, op.size[2]);
+    }
 }
 
 // size: H, K; at: r, k, v, decay, rate, gate, mix (or -1), first values, out; state: S; number:
@@ -675,6 +744,7 @@ INLINE void rwkv7_head(const Op& op, Row& row, std::int64_t h, const std::int64_
     for (std::int64_t i = 0; i < K; i++)
         kappa[i] *= scale;
     float* S = remembered(op, row, 0) + h * K * K;
+    count_state(row, K, K, K, K, false);
     for (std::int64_t i = 0; i < K; i++)
         for (std::int64_t j = 0; j < K; j++)
             removed[j] += kappa[i] * S[i * K + j];
@@ -1048,8 +1118,9 @@ EXPORT void spikelm_program_free(void* program) { delete static_cast<Program*>(p
 // num_states addresses, num_slots the second axis of each state tensor, `logits` has as many rows;
 // `positions` are those of the sequences. Logits up to `within` below the largest are exact, others
 // may be estimates. `counters` gets the silent and all entries that entered a matrix, and the bytes
-// of weights read for them, as if every row read its own. Returns the operation that met a number
-// that is not finite, or -1.
+// of weights read for them, as if every row read its own; then the bytes of matrix-valued states that
+// were touched, and those of a dense update. Returns the operation that met a number that is not
+// finite, or -1.
 EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, int sequence,
                                         const std::int64_t* tokens, const std::int64_t* positions,
                                         char* const* state, const std::int64_t* num_slots,
@@ -1074,6 +1145,7 @@ EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, int seq
         row.state = state + (sequence ? 0 : b * num_states);
         row.within = within;
         row.slots = num_slots;
+        row.touched = row.dense = 0;
         for (const Op& op : program.ops) {
             if (op.code != WINDOW) continue;
             const std::size_t most = op.size[0] * (slots(op, row) + op.size[4]);
@@ -1114,6 +1186,8 @@ EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, int seq
             counters[0] += program.list_sizes[l] - row.lists[l].fired;
             counters[1] += program.list_sizes[l];
         }
+        counters[3] += row.touched;
+        counters[4] += row.dense;
     }
     return -1;
 }

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from spikelm.errors import CheckpointError
 
-FORMAT = "spikelm-state-1"
+FORMAT = "spikelm-state-2"
 
 LayerState = dict[str, Tensor]
 """The tensors of one layer, each [B, ...]; the names belong to the layer."""
@@ -116,7 +116,8 @@ class State:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read the state {path}: {error}") from None
         if metadata.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is not a spikelm state (expected format {FORMAT})")
+            found = metadata.get("format", "none")
+            raise CheckpointError(f"{path} is not a state of format {FORMAT}; its format: {found}")
         if metadata["fingerprint"] != fingerprint:
             raise CheckpointError(
                 f"{path} belongs to model {metadata['fingerprint'][:12]}, "

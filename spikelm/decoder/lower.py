@@ -202,7 +202,7 @@ class _Lowering:
                 *(max_count, unsigned),
             ],
             at=[mixed, logits, out],
-            state=[self._state("S")],
+            state=[self._state("S"), self._state("pending") if mixer.lazy else None],
             number=[c.decay_floor, DELTA_UNIT_EPS, mixer.norm.eps, k],
             data=[_float(mixer.gate_bias), _float(mixer.norm.weight), *zones],
         )

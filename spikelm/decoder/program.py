@@ -64,12 +64,16 @@ class Code(enum.IntEnum):
 class Counts(NamedTuple):
     """What one call read, summed over its sequences."""
 
-    silent: int
+    silent: int = 0
     """Exact zeros among the entries that entered projections."""
-    total: int
+    total: int = 0
     """All those entries."""
-    weight_bytes: int
+    weight_bytes: int = 0
     """Bytes of projections' weights that were read, each sequence reading its own."""
+    state_bytes: int = 0
+    """Bytes of matrix-valued states that were read or written."""
+    dense_state_bytes: int = 0
+    """Those of an update of every row."""
 
 
 class _Op(ctypes.Structure):
@@ -195,7 +199,7 @@ class Program:
         """
         if state.batch_size != 1:
             raise DataError(f"a state of one sequence is needed, not of {state.batch_size}")
-        logits, counts = torch.empty(0), Counts(0, 0, 0)
+        logits, counts = torch.empty(0), Counts()
         for some in tokens.split(TOKENS_AT_ONCE):
             logits, more = self._run(some, state, None, sequence=True)
             counts = Counts(*map(operator.add, counts, more))
@@ -210,7 +214,7 @@ class Program:
         if low < 0 or high >= size:
             raise DataError(f"token ids {low}..{high} given; allowed: 0..{size - 1}")
         logits = torch.empty(B, size)
-        counters = (c_int64 * 3)()
+        counters = (c_int64 * 5)()
         tokens = tokens.contiguous()
         seen = rows if sequence else 1
         # Native code works in the program's own vectors, and Python lets other threads run.

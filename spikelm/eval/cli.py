@@ -133,7 +133,7 @@ def build_bench_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command",
         required=True,
-        metavar="{length,memory,decode,prefill,kernel,head,block,steps}",
+        metavar="{length,memory,decode,prefill,kernel,head,state,block,steps}",
     )
     about = (
         "time to first token, time per token, peak memory and state against length, beside the "
@@ -198,6 +198,24 @@ def build_bench_parser() -> argparse.ArgumentParser:
         "--tokens", type=int, default=512, help="of the text to measure on (%(default)s)"
     )
     head.add_argument("--json", action="store_true", help="print one JSON object")
+    about = "bytes of state that spiking queries and keys touch, and the time of it, beside dense"
+    state = commands.add_parser("state", help=about, description=about.capitalize() + ".")
+    for name, number, of in (
+        ("heads", 16, "of the delta rule"),
+        ("key-dim", 128, "key channels of a head"),
+        ("value-dim", 128, "value channels of a head"),
+        ("layers", 24, "with a state each"),
+        ("tokens", 256, "to decode"),
+        ("threads", 1, "of native code"),
+    ):
+        state.add_argument(f"--{name}", type=int, default=number, help=f"{of} (%(default)s)")
+    state.add_argument(
+        "--spiking",
+        default="0.1,0.2,0.3,1",
+        metavar="SHARES",
+        help="of the channels of queries and keys, each on its own (%(default)s)",
+    )
+    state.add_argument("--json", action="store_true", help="print one JSON object")
     about = "training speed of one layer on the CPU, beside plain loops over the tokens"
     block = commands.add_parser("block", help=about, description=about.capitalize() + ".")
     block.add_argument(
@@ -283,6 +301,7 @@ def main_bench(argv: list[str]) -> int:
         "prefill": _bench_prefill,
         "kernel": _bench_kernel,
         "head": _bench_head,
+        "state": _bench_state,
         "block": _bench_block,
         "steps": _bench_steps,
     }
@@ -322,6 +341,27 @@ def _bench_kernel(args: argparse.Namespace) -> int:
         rounds=args.rounds,
     )
     print(json.dumps(report, indent=2) if args.json else kernel_table(report))
+    return 0
+
+
+def _bench_state(args: argparse.Namespace) -> int:
+    from spikelm.eval.state import bench_state
+    from spikelm.eval.tables import state_table
+
+    try:
+        spiking = [float(share) for share in args.spiking.split(",")]
+    except ValueError:
+        raise ConfigError(f"--spiking takes numbers like 0.1,0.2, got '{args.spiking}'") from None
+    report = bench_state(
+        num_heads=args.heads,
+        key_dim=args.key_dim,
+        value_dim=args.value_dim,
+        num_layers=args.layers,
+        spiking=spiking,
+        tokens=args.tokens,
+        threads=args.threads,
+    )
+    print(json.dumps(report, indent=2) if args.json else state_table(report))
     return 0
 
 

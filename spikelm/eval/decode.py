@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import operator
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -309,6 +310,7 @@ class OurReader(Reader):
         import torch
 
         from spikelm.decoder import native_program
+        from spikelm.decoder.program import Counts
         from spikelm.errors import BackendError
         from spikelm.eval.traffic import weight_traffic
 
@@ -319,7 +321,7 @@ class OurReader(Reader):
         if program is None:
             raise BackendError(f"this model does not decode natively: {obstacle}")
         self.program, self.batch = program, batch
-        self.counts, self.tokens = [0, 0, 0], 0
+        self.counts, self.tokens = Counts(), 0
         self.silence = self._silence()
         self.passes: Passes | None = None
 
@@ -354,10 +356,10 @@ class OurReader(Reader):
             ids = (self.seen + torch.arange(tokens)) * 7919 % N
             _, counts = self.program.read(ids, self.state)
         else:
-            ids, counts = (self.seen + torch.arange(tokens)) * 7919 % N, Counts(0, 0, 0)
+            ids, counts = (self.seen + torch.arange(tokens)) * 7919 % N, Counts()
             with torch.inference_mode():
                 _, self.state = run(self.model, ids[None], self.state, reset_id=None)
-        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        self.counts = Counts(*map(operator.add, self.counts, counts))
         self.seen += tokens
         self.tokens += tokens * self.batch
 
@@ -399,10 +401,10 @@ class OurReader(Reader):
         """What the time belongs to."""
         from spikelm.models.coded import projections
 
-        silent, total, weight_bytes = self.counts
+        counts, tokens = self.counts, max(1, self.tokens)
         return {
-            "silent_fraction": silent / max(1, total),
-            "bytes_per_token": self.traffic.other_bytes + weight_bytes / max(1, self.tokens),
+            "silent_fraction": counts.silent / max(1, counts.total),
+            "bytes_per_token": self.traffic.other_bytes + counts.weight_bytes / tokens,
             "row_bytes": sum(
                 (1 - self.silence[p.neuron.name]) * _rows(p.linear.table).nbytes
                 for p in projections(self.model)

@@ -418,3 +418,33 @@ def kernel_table(report: Mapping[str, Any]) -> str:
         "touch: the same rows without arithmetic; stream: all rows in order without arithmetic",
     ]
     return "\n".join(lines)
+
+
+def state_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm bench state` prints: a row per share of spiking channels."""
+    head = ["q, k spike", "q or k", "state per token", "of dense", "ms", "dense ms", "dense / ours"]
+    rows = [[*head, "by CPU time", "deviation", "dense's"]]
+    for row in report["measurements"]:
+        lazy, dense = row["lazy"], row["dense"]
+        rows.append(
+            [
+                f"{percent(row['query_fraction'])}, {percent(row['key_fraction'])}",
+                percent(row["union_fraction"]),
+                size(row["bytes_per_token"]),
+                percent(row["bytes_per_token"] / row["dense_bytes_per_token"]),
+                *(f"{form['ms_per_token']:.3f}" for form in (lazy, dense)),
+                *(f"{dense[t] / lazy[t]:.2f} x" for t in ("ms_per_token", "cpu_ms_per_token")),
+                *(f"{max(form['deviation'].values()):.1e}" for form in (lazy, dense)),
+            ]
+        )
+    first = report["measurements"][0]
+    lines = [
+        aligned(rows),
+        "",
+        f"{report['num_layers']} layers of {report['num_heads']} heads of {report['key_dim']} x "
+        f"{report['value_dim']}: {size(first['state_bytes'])} of state; a dense update reads and "
+        f"writes {size(first['dense_bytes_per_token'])} per token",
+        f"{report['threads']} threads, medians of {report['tokens']} tokens, the forms in turns; "
+        "deviation from float64, outputs and state, in units of the largest entry",
+    ]
+    return "\n".join(lines)

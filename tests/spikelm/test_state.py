@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from spikelm.errors import CheckpointError
 from spikelm.state import State
@@ -67,3 +68,10 @@ def test_save_and_load(tmp_path: Path) -> None:
         State.load(path, "a" * 64)
     with pytest.raises(CheckpointError, match="cannot read the state"):
         State.load(tmp_path / "missing", "a" * 64)
+
+
+def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
+    metadata = {"format": "spikelm-state-1", "fingerprint": "a", "num_layers": "0"}
+    save_file({"position": torch.zeros(1, dtype=torch.int64)}, tmp_path / "old", metadata)
+    with pytest.raises(CheckpointError, match="format spikelm-state-2; its format: .*-1"):
+        State.load(tmp_path / "old", "a")

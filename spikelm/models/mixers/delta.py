@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spikelm.config import ModelConfig
 from spikelm.kernels.activation import sigmoid, silu
 from spikelm.kernels.delta import delta_rule
+from spikelm.kernels.lazy import lazily
 from spikelm.kernels.precision import widen
 from spikelm.kernels.shift import causal_taps
 from spikelm.models.layers import (
@@ -54,6 +55,11 @@ class DeltaMixer(Part):
         self.norm = RMSNorm(c.value_dim, config.norm_eps)
         self.output = Projection("mixer_output", values, config.width, config, init_scale=0.5)
 
+    @property
+    def lazy(self) -> bool:
+        """Whether silent rows of the state owe their decays."""
+        return self.config.decay != "none" and self.keys.config.kind != "off"
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.conv.zero_()
@@ -66,8 +72,10 @@ class DeltaMixer(Part):
 
     def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
         c = self.config
+        rows = batch_size, c.num_heads, c.key_dim
         return {
-            "S": like.new_zeros(batch_size, c.num_heads, c.key_dim, c.value_dim),
+            "S": like.new_zeros(*rows, c.value_dim),
+            **({"pending": like.new_zeros(rows)} if self.lazy else {}),
             "conv": like.new_zeros(batch_size, c.conv_size - 1, sum(self.qkv_sizes)),
             **self.input.zero_state(batch_size, like),
             **self.gates.zero_state(batch_size, like),
@@ -89,21 +97,23 @@ class DeltaMixer(Part):
         v = widen(v.unflatten(-1, (c.num_heads, c.value_dim)))
 
         log_decay, erase, write, gate = self._gates(widen(gates))
-        out, S = delta_rule(
-            q,
-            k,
-            v,
-            log_decay,
-            erase,
-            write,
-            state["S"],
-            context.segment,
-            decay_floor=c.decay_floor,
-        )
+
+        def rule(log_decay: Tensor, S: Tensor, segment: Tensor | None) -> tuple[Tensor, Tensor]:
+            return delta_rule(
+                q, k, v, log_decay, erase, write, S, segment, decay_floor=c.decay_floor
+            )
+
+        memory: LayerState = {}
+        if self.lazy:
+            out, memory["S"], memory["pending"] = lazily(
+                rule, k, log_decay, state["S"], state["pending"], context.segment
+            )
+        else:
+            out, memory["S"] = rule(log_decay, state["S"], context.segment)
         out = (self.norm(out) * gate).flatten(2)
         y, kept_output = self.output(out, state, context)
         return y, {
-            "S": S,
+            **memory,
             "conv": conv.to(state["conv"].dtype),
             **kept,
             **kept_gates,

@@ -337,3 +337,30 @@ def test_counted_bytes_are_those_of_the_spikes(
         read += counts.weight_bytes
     expected = traffic.spike_bytes(traffic.silence(meter.tallies)) - traffic.other_bytes
     assert read / len(ids) == pytest.approx(expected, rel=0.01)
+
+
+def test_pending_decays_survive_saving_and_forking(
+    tiny_config: Callable[..., ModelConfig], tmp_path: Path
+) -> None:
+    """Single tokens, a file, a fork, and the rest in one call: as if it had been one call."""
+    model = LanguageModel(tiny_config(mixers=("delta", "delta"))).initialise(0)
+    checkpoint.save(tmp_path / "float", model, Tokenizer.bytes())
+    convert(tmp_path / "float", tmp_path / "coded", torch.arange(96).view(2, 48))
+    engine = Engine(checkpoint.load(tmp_path / "coded", backend="native"))
+    assert engine.program is not None
+    ids, touched, dense = [*range(40, 100)], 0, 0
+    _, state = engine.prefill(ids[:3])
+    state = state.clone()
+    for token in ids[3:40]:
+        _, counts = engine.program.run(torch.tensor([token]), state)
+        touched, dense = touched + counts.state_bytes, dense + counts.dense_state_bytes
+    assert (state.layers[0]["mixer.pending"] < 0).any()
+    assert 0 < touched < dense
+    rows = state.layers[0]["mixer.S"].nbytes
+    assert dense == 37 * 2 * 2 * rows
+    state.save(tmp_path / "state", "model")
+    forked = State.load(tmp_path / "state", "model").take([0, 0])
+    with torch.inference_mode():
+        logits, _ = engine.model(torch.tensor([ids[40:]] * 2), forked, last_only=True)
+        expected, _ = engine.model(torch.tensor([ids]), last_only=True)
+    torch.testing.assert_close(logits, expected.expand_as(logits), rtol=1e-3, atol=1e-3)
