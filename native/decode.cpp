@@ -367,30 +367,53 @@ CLONES void shortlist(const Op& op, Row& row) {
     const float margin = error * events.v_threshold;
     const std::int64_t n = op.size[0];
     const float *y = vector(op, row, 0), *scale = data<float>(op, 0);
-    float best = -INFINITY;
-    for (std::int64_t i = 0; i < n; i++) {
-        const float least = y[i] - margin * scale[i];
-        best = least > best ? least : best;
-    }
-    const float floor = best - row.within;
+    float best[LANES];
+    std::fill(best, best + LANES, -INFINITY);
+    const std::int64_t whole = n / LANES * LANES;
+    const auto least = [&](std::int64_t i) { return y[i] - margin * scale[i]; };
+    for (std::int64_t i = 0; i < whole; i += LANES)
+        for (int l = 0; l < LANES; l++)
+            best[l] = least(i + l) > best[l] ? least(i + l) : best[l];
+    for (std::int64_t i = whole; i < n; i++)
+        best[0] = std::max(best[0], least(i));
+    const float floor = *std::max_element(best, best + LANES) - row.within;
     Events& wanted = row.lists[op.list];
     wanted.fired = 0;
-    for (std::int64_t i = 0; i < n; i++)
+    const auto list = [&](std::int64_t i) {
         if (!(y[i] + margin * scale[i] < floor))
             wanted.index[wanted.fired++] = static_cast<std::int32_t>(i);
+    };
+    for (std::int64_t i = 0; i < whole; i += LANES) {
+        std::int32_t some = 0;
+        for (int l = 0; l < LANES; l++)
+            some |= !(y[i + l] + margin * scale[i + l] < floor);
+        for (int l = 0; some && l < LANES; l++)
+            list(i + l);
+    }
+    for (std::int64_t i = whole; i < n; i++)
+        list(i);
 }
 
 // The rows that take part share what they read.
 void matvec(const Op& op, const std::vector<Row*>& rows, std::int64_t begin, std::int64_t end) {
     const Matrix& matrix = *data<Matrix>(op, 0);
-    std::vector<Sent> sent;
-    sent.reserve(rows.size());
-    for (Row* row : rows) {
-        const Events& events = row->lists[op.list];
-        sent.push_back({events.counts, events.index, events.value, events.quads, events.fired,
-                        reinterpret_cast<std::int32_t*>(vector(op, *row, 1))});
+    const auto sums = [&](Row& row) {
+        return reinterpret_cast<std::int32_t*>(vector(op, row, 1));
+    };
+    const Events& first = rows[0]->lists[op.list];
+    if (rows.size() == 1 && !first.quads) {
+        product(matrix, first.counts, first.index, first.value, first.fired, begin, end,
+                sums(*rows[0]));
+    } else {
+        std::vector<Sent> sent;
+        sent.reserve(rows.size());
+        for (Row* row : rows) {
+            const Events& events = row->lists[op.list];
+            sent.push_back({events.counts, events.index, events.value, events.quads, events.fired,
+                            sums(*row)});
+        }
+        products(matrix, sent.data(), static_cast<std::int64_t>(sent.size()), begin, end);
     }
-    products(matrix, sent.data(), static_cast<std::int64_t>(sent.size()), begin, end);
     const std::int64_t last = std::min(end * matrix.tile, matrix.outputs);
     for (Row* row : rows)
         (op.code == ESTIMATE ? estimate : rescale)(op, *row, begin * matrix.tile, last);
@@ -1093,6 +1116,8 @@ void place_lists(Program& program) {
     }
 }
 
+constexpr std::int64_t DONE = -1, BAD_TOKEN = -2;
+
 }  // namespace
 
 EXPORT void* spikelm_program_new(const Op* ops, std::int64_t num_ops, std::int64_t arena,
@@ -1116,18 +1141,20 @@ EXPORT void spikelm_program_free(void* program) { delete static_cast<Program*>(p
 
 // One token for each of `rows` sequences, or `rows` tokens of one. `state` holds rows (or 1) x
 // num_states addresses, num_slots the second axis of each state tensor, `logits` has as many rows;
-// `positions` are those of the sequences. Logits up to `within` below the largest are exact, others
+// `positions` are those of the sequences, and go on. Logits up to `within` below the largest are exact, others
 // may be estimates. `counters` gets the silent and all entries that entered a matrix, and the bytes
 // of weights read for them, as if every row read its own; then the bytes of matrix-valued states that
 // were touched, and those of a dense update. Returns the operation that met a number that is not
-// finite, or -1.
+// finite, DONE, or BAD_TOKEN if nothing was done because a token is none.
 EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, int sequence,
-                                        const std::int64_t* tokens, const std::int64_t* positions,
+                                        const std::int64_t* tokens, std::int64_t* positions,
                                         char* const* state, const std::int64_t* num_slots,
                                         std::int64_t num_states, std::int64_t logits_at,
                                         std::int64_t num_logits, float within,
                                         float* logits, std::int64_t* counters, int num_threads) {
     auto& program = *static_cast<Program*>(handle);
+    for (std::int64_t b = 0; b < rows; b++)
+        if (tokens[b] < 0 || tokens[b] >= num_logits) return BAD_TOKEN;
     if (num_threads != threads()) set_threads(num_threads);
     program.broken = -1;
     while (static_cast<std::int64_t>(program.rows.size()) < rows) {
@@ -1189,5 +1216,7 @@ EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, int seq
         counters[3] += row.touched;
         counters[4] += row.dense;
     }
-    return -1;
+    for (std::int64_t b = 0; b < (sequence ? 1 : rows); b++)
+        positions[b] += sequence ? rows : 1;
+    return DONE;
 }

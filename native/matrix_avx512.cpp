@@ -108,20 +108,25 @@ TARGET std::int32_t correction(const std::int8_t* value, std::int64_t n) {
 TARGET std::int64_t list(const std::int8_t* counts, std::int64_t n, std::int32_t* index,
                          std::int8_t* value) {
     __m512i inputs = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    std::int64_t events = 0;
-    for (std::int64_t i = 0; i < n; i += 16) {
-        const __mmask16 inside = n - i >= 16 ? 0xffff : 0xffff >> (16 - (n - i));
-        const __m512i c = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(inside, counts + i));
+    std::int64_t events = 0, i = 0;
+    // There are no more events than inputs, so 16 of them still have room: what is written beyond
+    // those that fired is written over.
+    for (; i + 16 <= n; i += 16) {
+        const __m512i c =
+            _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(counts + i)));
         const __mmask16 fired = _mm512_test_epi32_mask(c, c);
-        const int number = __builtin_popcount(fired);
         // Compressing in registers: to memory it is microcode on some processors.
-        const __mmask16 kept = (1u << number) - 1;
-        _mm512_mask_storeu_epi32(index + events, kept, _mm512_maskz_compress_epi32(fired, inputs));
-        _mm512_mask_cvtepi32_storeu_epi8(value + events, kept,
-                                         _mm512_maskz_compress_epi32(fired, c));
+        _mm512_storeu_si512(index + events, _mm512_maskz_compress_epi32(fired, inputs));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(value + events),
+                         _mm512_cvtepi32_epi8(_mm512_maskz_compress_epi32(fired, c)));
         inputs = _mm512_add_epi32(inputs, _mm512_set1_epi32(16));
-        events += number;
+        events += __builtin_popcount(fired);
     }
+    for (; i < n; ++i)
+        if (counts[i]) {
+            index[events] = static_cast<std::int32_t>(i);
+            value[events++] = counts[i];
+        }
     return events;
 }
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
+import itertools
 import math
 import operator
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,6 +32,9 @@ ALIGNMENT = 16
 
 TOKENS_AT_ONCE = 128
 """Of a prompt: each has a row's vectors, and all share what they read of the weights."""
+
+BAD_TOKEN = -2
+"""What native code says of an id outside the vocabulary."""
 
 MIN_ROOM = 64
 """Tokens that a growing cache has room for at first; it doubles when it is full."""
@@ -110,6 +114,7 @@ class Program:
         self._logits = (0, 0)
         # The state tensors of the last call, so that they live as long as their addresses are kept.
         self._bound: list[Tensor] = []
+        self._identities: list[int] = []
         self._addresses: Any = None
         self._slots: Any = None
         self._lock = threading.Lock()
@@ -210,12 +215,10 @@ class Program:
     ) -> tuple[Tensor, Counts]:
         rows, B = len(tokens), state.batch_size
         start, size = self._logits
-        low, high = (int(bound) for bound in tokens.aminmax())
-        if low < 0 or high >= size:
-            raise DataError(f"token ids {low}..{high} given; allowed: 0..{size - 1}")
         logits = torch.empty(B, size)
         counters = (c_int64 * 5)()
         tokens = tokens.contiguous()
+        assert state.position.is_contiguous()
         seen = rows if sequence else 1
         # Native code works in the program's own vectors, and Python lets other threads run.
         with self._lock:
@@ -236,12 +239,14 @@ class Program:
                 counters,
                 torch.get_num_threads(),
             )
+        if broken == BAD_TOKEN:
+            low, high = (int(bound) for bound in tokens.aminmax())
+            raise DataError(f"token ids {low}..{high} given; allowed: 0..{size - 1}")
         if broken >= 0:
             raise SpikelmError(
                 f"{self._names[broken]} got numbers that are not finite; the weights or the state "
                 "are broken"
             )
-        state.position.add_(seen)
         return logits, Counts(*counters)
 
     def _bind(self, state: State, tokens: int) -> None:
@@ -254,13 +259,16 @@ class Program:
             more = max(MIN_ROOM, 2 * needed) - tensor.shape[1]
             if tensor.shape[1] < needed:
                 state.layers[layer][name] = F.pad(tensor, (0, 0, 0, 0, 0, more))
-        bound = [state.layers[layer][name] for layer, name in self._states]
-        if len(bound) == len(self._bound) and all(map(operator.is_, bound, self._bound)):
+        # One pass in C: by the time a large model comes back here its Python objects are cold.
+        if [*map(id, _tensors(state))] == self._identities:
             return
+        bound = [state.layers[layer][name] for layer, name in self._states]
         for (layer, name), tensor in zip(self._states, bound, strict=True):
             assert tensor.dtype in (torch.float32, torch.int8)
             state.layers[layer][name] = tensor.contiguous()
-        self._bound = bound = [state.layers[layer][name] for layer, name in self._states]
+        self._bound = [*_tensors(state)]
+        self._identities = [*map(id, self._bound)]
+        bound = [state.layers[layer][name] for layer, name in self._states]
         B = state.batch_size
         self._addresses = (c_void_p * (B * len(bound)))(
             *(t.data_ptr() + b * t.stride(0) * t.itemsize for b in range(B) for t in bound)
@@ -273,6 +281,10 @@ class Program:
             self._alive.append(entry)
             return entry.data_ptr()
         return entry
+
+
+def _tensors(state: State) -> Iterator[Tensor]:
+    return itertools.chain.from_iterable(map(dict.values, state.layers))
 
 
 @functools.cache

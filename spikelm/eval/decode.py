@@ -50,6 +50,7 @@ PEERS = ("dense", "llama.cpp", "transformers", "rwkv")
 HIDDEN = "ffn_hidden"
 CALIBRATION_TOKENS = 24
 CALIBRATION_ROUNDS = 2
+IDS = 64
 # Vectors less silent than this have their matrix read in order.
 SKIPPING_SILENCE = 0.3
 # Counts per mean |x|: nearly all of a vector fires, or what the dead zone lets through has some
@@ -337,9 +338,14 @@ class OurReader(Reader):
         return {name: tally.silent_fraction for name, tally in meter.tallies.items()}
 
     def hold(self, tokens: int) -> None:
+        import torch
+
         self.state = self.model.initial_state(self.batch).clone()
         self.state.position.fill_(tokens)
         self.seen = 0
+        # Sequences read other tokens: their spikes differ.
+        N, rows = self.model.config.vocab_size, torch.arange(self.batch) * 104_729
+        self.ids = [(rows + seen * 7919) % N for seen in range(IDS)]
 
     def read(self, tokens: int) -> None:
         import torch
@@ -349,8 +355,8 @@ class OurReader(Reader):
 
         N = self.model.config.vocab_size
         if tokens == 1:
-            # Sequences read other tokens: their spikes differ. As a greedy generation does.
-            ids = (torch.arange(self.batch) * 104_729 + self.seen * 7919) % N
+            # As a greedy generation does.
+            ids = self.ids[self.seen % IDS]
             _, counts = self.program.run(ids, self.state, within=0.0)
         elif self.program.reads_prompts:
             ids = (self.seen + torch.arange(tokens)) * 7919 % N
