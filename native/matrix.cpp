@@ -98,6 +98,7 @@ const Steps scalar_steps = {
     scalar_list,
     {1.0, 1.0},
     {scalar_dot<8>, scalar_dot<4>},
+    nullptr,
 };
 
 namespace {
@@ -164,6 +165,26 @@ Panel panel_at(const Matrix& m, int64_t first) {
     const int64_t outputs = std::min(m.outputs - first, width);
     const int64_t blocks = (outputs + block - 1) / block;
     return {m.data + m.inputs * (first * m.bits / 8), first, outputs, blocks, blocks * BLOCK};
+}
+
+// Four weights at a time: flipping the top bit adds what stored weights are offset by.
+template <int BITS>
+void pack_block(const int8_t* weights, uint8_t* block) {
+    using std::uint32_t;
+    constexpr uint32_t EIGHTS = 0x08080808, TOPS = 0x80808080, HALVES = 0x0f0f0f0f;
+    uint32_t from[16 * 8 / BITS], to[16];
+    std::memcpy(from, weights, sizeof from);
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) {
+            const uint32_t four = from[4 * j + i];  // as `output_of` orders them
+            if (BITS == 8) {
+                to[4 * i + j] = four ^ TOPS;
+            } else {
+                const uint32_t other = from[16 + 4 * j + i];
+                to[4 * i + j] = ((four & HALVES) ^ EIGHTS) | ((other & HALVES) ^ EIGHTS) << 4;
+            }
+        }
+    std::memcpy(block, to, sizeof to);
 }
 
 // Four weights at a time; no byte borrows from the next, as its top bit is set.
@@ -299,19 +320,20 @@ Matrix* matrix_new(int64_t inputs, int64_t outputs, int bits, const int8_t* weig
         release(data, bytes);
         return nullptr;
     }
+    const auto pack = bits == 8 ? pack_block<8> : pack_block<4>;
     for (int64_t at = 0; at < outputs;) {
         const Panel panel = panel_at(*m, at);
         at += panel.outputs;
         for (int64_t i = 0; i < inputs; ++i) {
             const int8_t* row = weights + i * outputs + panel.first;
-            const auto weight = [&](int64_t o) { return o < panel.outputs ? row[o] : 0; };
             uint8_t* to = panel.data + i * panel.stride;
-            for (int64_t b = 0; b < panel.blocks; ++b)
-                for (int p = 0; p < BLOCK; ++p) {
-                    const int64_t o = b * block + output_of(p);
-                    to[b * BLOCK + p] = static_cast<uint8_t>(
-                        bits == 8 ? weight(o) + 128 : (weight(o) + 8) | (weight(o + 64) + 8) << 4);
-                }
+            int64_t o = 0;
+            for (; o + block <= panel.outputs; o += block, to += BLOCK) pack(row + o, to);
+            if (o < panel.outputs) {
+                int8_t whole[2 * BLOCK] = {};
+                std::copy_n(row + o, panel.outputs - o, whole);
+                pack(whole, to);
+            }
         }
     }
     return m;
@@ -424,43 +446,81 @@ void few_products(const Matrix& m, const Sent* rows, int64_t num_rows, int64_t b
 }
 
 // SPAN inputs of a strip of outputs, side by side, so that they fall into different sets of the
-// cache: rows of whole panels would not.
+// cache: rows of whole panels would not. DENSE: four inputs interleaved.
+template <bool DENSE>
 struct Tile {
     const uint8_t* from;
-    int64_t stride, bytes, inputs;
-    alignas(64) uint8_t data[SPAN * STRIP];
+    int64_t stride, blocks, inputs;
+    alignas(64) uint8_t data[SPAN * STRIP * (1 + DENSE)];
 
     void set(const Matrix& m, const Panel& panel, int64_t at, int64_t outputs, int64_t input) {
         const int64_t block = per_block(m.bits);
         from = panel.data + input * panel.stride + (at - panel.first) * m.bits / 8;
-        stride = panel.stride, bytes = (outputs + block - 1) / block * BLOCK;
+        stride = panel.stride, blocks = (outputs + block - 1) / block;
         inputs = std::min(SPAN, m.inputs - input);
     }
-    // The given part of the rows.
-    void copy(int64_t part, int64_t parts) {
+    // Parts [begin, end) of the rows.
+    void copy(int bits, int64_t begin, int64_t end, int64_t parts) {
         constexpr int64_t AHEAD = 16;
-        for (int64_t i = inputs * part / parts; i < inputs * (part + 1) / parts; ++i) {
-            for (int64_t b = 0; b < bytes && i + AHEAD < inputs; b += BLOCK)
-                fetch(from + (i + AHEAD) * stride + b);
-            std::memcpy(data + i * STRIP, from + i * stride, bytes);
+        const int64_t quads = (inputs + 3) / 4;
+        for (int64_t q = quads * begin / parts; q < quads * end / parts; ++q) {
+            const int64_t first = 4 * q, last = std::min(first + 4, inputs);
+            for (int64_t i = first + AHEAD; i < std::min(last + AHEAD, inputs); ++i)
+                for (int64_t b = 0; b < blocks; ++b) fetch(from + i * stride + b * BLOCK);
+            for (int64_t b = 0; DENSE && b < blocks; ++b)
+                steps().dense->interleave[bits == 4](from + first * stride + b * BLOCK, stride,
+                                                     last - first, quad(bits, q, b));
+            for (int64_t i = first; !DENSE && i < last; ++i)
+                std::memcpy(data + i * STRIP, from + i * stride, blocks * BLOCK);
         }
+    }
+    // Interleaved: the blocks of int8 side by side, those of int4 one after the other.
+    uint8_t* quad(int bits, int64_t q, int64_t block) {
+        if (bits == 8) return data + (q * blocks + block) * 256;
+        return data + (block * (SPAN / 4) + q) * 512;
     }
 };
 
+template <bool DENSE>
 void many_products(const Matrix& m, const Sent* sent, int64_t rows, int64_t begin, int64_t end) {
     const Steps& with = steps();
     const int kind = m.bits == 4;
     const int64_t block = per_block(m.bits), width = STRIP / BLOCK * block;
     const int64_t widest = with.blocks[kind];
     // One is in use while the next one is copied.
-    Tile tiles[2], *tile = tiles, *next = tiles + 1;
+    Tile<DENSE> tiles[2], *tile = tiles, *next = tiles + 1;
     std::vector<int32_t> sums(rows * width), corrections(rows);
     std::vector<int64_t> done(rows);  // events of a row
     for (int64_t r = 0; r < rows; ++r) corrections[r] = correction(m, sent[r].counts);
+    const auto events = [&](int64_t r, int64_t span) {
+        const int64_t quads = sent[r].quads[span];
+        for (int64_t b = 0; b < tile->blocks; b += widest)
+            with.strip[kind][std::min(widest, tile->blocks - b) - 1](
+                {tile->data + b * BLOCK, STRIP, sent[r].index + done[r], sent[r].value + done[r],
+                 quads, nullptr, nullptr, 0, sums.data() + r * width + b * block});
+        done[r] += 4 * quads;
+    };
+    const auto all = [&](int64_t r, int64_t n, int64_t input) {
+        const int64_t quads = tile->inputs / 4, groups = m.bits == 8 ? 1 : tile->blocks;
+        const auto multiply = with.dense->multiply[m.bits == 4 || tile->blocks == 2][n - 1];
+        const int8_t *counts[TOGETHER], *last[TOGETHER];
+        int8_t tail[TOGETHER][4] = {};
+        for (int64_t group = 0; group < groups; ++group) {
+            int32_t* to[TOGETHER];
+            for (int64_t i = 0; i < n; ++i) {
+                counts[i] = sent[r + i].counts + input;
+                to[i] = sums.data() + (r + i) * width + group * block;
+                std::copy_n(counts[i] + 4 * quads, tile->inputs % 4, tail[i]);
+                last[i] = tail[i];
+            }
+            multiply(tile->quad(m.bits, 0, group), quads, counts, to);
+            if (tile->inputs % 4) multiply(tile->quad(m.bits, quads, group), 1, last, to);
+        }
+    };
     for_panels(m, begin, end, [&](const Panel& panel, int64_t first, int64_t last) {
         const auto outputs = [&](int64_t at) { return std::min(width, last - at); };
         tile->set(m, panel, first, outputs(first), 0);
-        tile->copy(0, 1);
+        tile->copy(m.bits, 0, 1, 1);
         for (int64_t at = first; at < last; at += width) {
             for (int64_t r = 0; r < rows; ++r)
                 std::fill_n(sums.data() + r * width, width, corrections[r]);
@@ -472,15 +532,14 @@ void many_products(const Matrix& m, const Sent* sent, int64_t rows, int64_t begi
                     next->set(m, panel, at + width, outputs(at + width), 0);
                 else
                     next->inputs = 0;
-                for (int64_t r = 0; r < rows; ++r) {
-                    next->copy(r, rows);
-                    const int64_t quads = sent[r].quads[input / SPAN], blocks = tile->bytes / BLOCK;
-                    for (int64_t b = 0; b < blocks; b += widest)
-                        with.strip[kind][std::min(widest, blocks - b) - 1](
-                            {tile->data + b * BLOCK, STRIP, sent[r].index + done[r],
-                             sent[r].value + done[r], quads, nullptr, nullptr, 0,
-                             sums.data() + r * width + b * block});
-                    done[r] += 4 * quads;
+                for (int64_t r = 0; r < rows;) {
+                    const int64_t n = DENSE ? std::min<int64_t>(rows - r, TOGETHER) : 1;
+                    next->copy(m.bits, r, r + n, rows);
+                    if (DENSE)
+                        all(r, n, input);
+                    else
+                        events(r, input / SPAN);
+                    r += n;
                 }
                 std::swap(tile, next);
             }
@@ -490,8 +549,23 @@ void many_products(const Matrix& m, const Sent* sent, int64_t rows, int64_t begi
     });
 }
 
+// Whether so much fires that reading the inputs in order is faster for the rows together.
+bool all_dense(const Matrix& m, const Sent* rows, int64_t num_rows) {
+    const Dense* dense = steps().dense;
+    int64_t events = 0;
+    for (int64_t r = 0; r < num_rows; ++r) events += rows[r].events;
+    if (!dense || num_rows <= TOGETHER) return false;
+    const double share = dense->share[m.bits == 4][num_rows >= MANY_ROWS];
+    return static_cast<double>(events) > share * static_cast<double>(num_rows * m.inputs);
+}
+
 }  // namespace
 
 void products(const Matrix& m, const Sent* rows, int64_t num_rows, int64_t begin, int64_t end) {
-    if (num_rows) (rows->quads ? many_products : few_products)(m, rows, num_rows, begin, end);
+    if (all_dense(m, rows, num_rows))
+        many_products<true>(m, rows, num_rows, begin, end);
+    else if (num_rows && rows->quads)
+        many_products<false>(m, rows, num_rows, begin, end);
+    else if (num_rows)
+        few_products(m, rows, num_rows, begin, end);
 }

@@ -133,6 +133,7 @@ const Steps avx2_steps = {
     list,
     {0.75, 0.8},
     {dot<8>, dot<4>},
+    nullptr,
 };
 
 #endif

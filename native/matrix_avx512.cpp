@@ -149,6 +149,67 @@ TARGET std::int32_t dot(const std::uint8_t* row, const std::int8_t* counts, std:
     return _mm512_reduce_add_epi32(_mm512_add_epi32(sums[0], sums[1]));
 }
 
+template <int BITS>
+TARGET void interleave(const std::uint8_t* rows, std::int64_t stride, std::int64_t inputs,
+                       std::uint8_t* to) {
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512i row[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+        row[i] = i < inputs ? _mm512_loadu_si512(rows + i * stride) : _mm512_setzero_si512();
+    const __m512i low01 = _mm512_unpacklo_epi8(row[0], row[1]);
+    const __m512i high01 = _mm512_unpackhi_epi8(row[0], row[1]);
+    const __m512i low23 = _mm512_unpacklo_epi8(row[2], row[3]);
+    const __m512i high23 = _mm512_unpackhi_epi8(row[2], row[3]);
+    const __m512i z[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                          _mm512_unpacklo_epi16(high01, high23),
+                          _mm512_unpackhi_epi16(high01, high23)};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+        _mm512_storeu_si512(to + 64 * j, BITS == 8 ? z[j] : _mm512_and_si512(z[j], low));
+        if (BITS == 4)
+            _mm512_storeu_si512(to + 256 + 64 * j,
+                                _mm512_and_si512(_mm512_srli_epi16(z[j], 4), low));
+    }
+}
+
+template <int REGISTERS, int ROWS>
+TARGET void multiply(const std::uint8_t* tile, std::int64_t quads, const std::int8_t* const* counts,
+                     std::int32_t* const* out) {
+    __m512i sums[ROWS][REGISTERS];
+#pragma GCC unroll 3
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int i = 0; i < REGISTERS; ++i) sums[r][i] = _mm512_loadu_si512(out[r] + 16 * i);
+    for (std::int64_t q = 0; q < quads; ++q, tile += 64 * REGISTERS) {
+        __m512i c[ROWS];
+#pragma GCC unroll 3
+        for (int r = 0; r < ROWS; ++r) {
+            std::int32_t four;
+            __builtin_memcpy(&four, counts[r] + 4 * q, 4);
+            c[r] = _mm512_set1_epi32(four);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < REGISTERS; ++i) {
+            const __m512i weights = _mm512_loadu_si512(tile + 64 * i);
+#pragma GCC unroll 3
+            for (int r = 0; r < ROWS; ++r)
+                sums[r][i] = _mm512_dpbusd_epi32(sums[r][i], weights, c[r]);
+        }
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int i = 0; i < REGISTERS; ++i) _mm512_storeu_si512(out[r] + 16 * i, sums[r][i]);
+}
+
+const Dense dense = {
+    {interleave<8>, interleave<4>},
+    {{multiply<4, 1>, multiply<4, 2>, multiply<4, 3>},
+     {multiply<8, 1>, multiply<8, 2>, multiply<8, 3>}},
+    {{0.7, 0.44}, {0.9, 0.87}},
+};
+
 }  // namespace
 
 const Steps avx512_steps = {
@@ -158,6 +219,7 @@ const Steps avx512_steps = {
     list,
     {0.88, 0.9},
     {dot<8>, dot<4>},
+    &dense,
 };
 
 #endif

@@ -149,6 +149,7 @@ const Steps neon_steps = {
     list,
     {0.75, 0.8},
     {dot<8>, dot<4>},
+    nullptr,
 };
 const Steps neon_dot_steps = {
     {{strip_dot<8>}, {strip_dot<4>}},
@@ -157,6 +158,7 @@ const Steps neon_dot_steps = {
     list,
     {0.75, 0.8},
     {dot<8>, dot<4>},
+    nullptr,
 };
 
 #endif

@@ -49,6 +49,21 @@ using RowDot = std::int32_t (*)(const std::uint8_t* row, const std::int8_t* coun
 // What the stored weights' offset, and whatever else depends on the counts alone, adds to a sum.
 using Correction = std::int32_t (*)(const std::int8_t* value, std::int64_t n);
 
+// Rows of counts with all inputs of a tile. `interleave` stores a block of four inputs' rows (the
+// last ones may be missing) as the instructions take them, 256 bytes for int8 and 512 for int4.
+// `multiply` adds what so many quads of 256 or 512 bytes give to the sums of one to TOGETHER rows of
+// counts: each load of weights serves them all.
+constexpr int TOGETHER = 3, MANY_ROWS = 32;
+
+struct Dense {
+    void (*interleave[2])(const std::uint8_t* rows, std::int64_t stride, std::int64_t inputs,
+                          std::uint8_t* to);
+    void (*multiply[2][TOGETHER])(const std::uint8_t* tile, std::int64_t quads,
+                                  const std::int8_t* const* counts, std::int32_t* const* sums);
+    // The share of active inputs above which this is faster, by bits, for few rows and for many.
+    double share[2][2];
+};
+
 struct Steps {
     void (*strip[2][4])(const Step&);  // by bits (8, 4) and 64-byte blocks, less one
     int blocks[2];                     // the most blocks a strip may have
@@ -56,6 +71,7 @@ struct Steps {
     std::int64_t (*list)(const std::int8_t*, std::int64_t, std::int32_t*, std::int8_t*);
     double break_even[2];  // share of active inputs above which the dense form is faster
     RowDot dot[2];
+    const Dense* dense;  // null: there is no such form
 };
 
 const Steps& steps();  // of the instruction set in use

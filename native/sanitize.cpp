@@ -57,6 +57,22 @@ void compare(std::mt19937& g, int64_t inputs, int64_t outputs, int bits, int sil
         require(dense_out[o] == expected[o], "dense_product", inputs, outputs, bits);
         require(out[o] == expected[o], "product", inputs, outputs, bits);
     }
+    // Rows that fire more and more of it, side by side.
+    const int64_t rows = 2 + g() % 20;
+    std::vector<int8_t> many(rows * inputs);
+    std::vector<int32_t> sums(rows * outputs);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < inputs; ++i)
+            many[r * inputs + i] = static_cast<int64_t>(g() % rows) <= r ? counts[i] : 0;
+    spikelm_matrix_product(m, many.data(), rows, sums.data(), 2);
+    for (int64_t r = 0; r < rows; ++r) {
+        expected.assign(outputs, 0);
+        for (int64_t i = 0; i < inputs; ++i)
+            for (int64_t o = 0; o < outputs; ++o)
+                expected[o] += many[r * inputs + i] * weights[i * outputs + o];
+        for (int64_t o = 0; o < outputs; ++o)
+            require(sums[r * outputs + o] == expected[o], "products", inputs, outputs, bits);
+    }
     matrix_free(m);
 }
 

@@ -167,6 +167,11 @@ def build_bench_parser() -> argparse.ArgumentParser:
         "--position", type=int, default=0, help="tokens that came before (%(default)s)"
     )
     decode.add_argument(
+        "--peer-model",
+        metavar="PRESET",
+        help="the shape that other programs run, such as a Transformer's (default: the same)",
+    )
+    decode.add_argument(
         "--batch", type=int, default=1, help="sequences decoded at once (%(default)s)"
     )
     about = "time per token of a prompt on a preset's shape, beside other programs"
@@ -314,7 +319,12 @@ def _bench_decode(args: argparse.Namespace) -> int:
 
     options = _contest(args)
     report = bench_decode(
-        args.model, **options, tokens=args.tokens, position=args.position, batch=args.batch
+        args.model,
+        **options,
+        tokens=args.tokens,
+        position=args.position,
+        batch=args.batch,
+        peer_model=args.peer_model,
     )
     print(json.dumps(report, indent=2) if args.json else decode_table(report))
     return 0

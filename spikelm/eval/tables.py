@@ -324,6 +324,8 @@ def decode_table(report: Mapping[str, Any]) -> str:
         f"{report['threads']} threads, medians of {report['tokens']} tokens in "
         f"{report['rounds']} rounds, behind {report['position']:,} tokens",
     ]
+    if report["peer_model"] != report["preset"]:
+        lines.append(f"other programs run {report['peer_model']}")
     if report["batch"] > 1:
         lines.append(f"{report['batch']} sequences at once; a token's time is its share of a step")
     if report["limit"]:

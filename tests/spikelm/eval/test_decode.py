@@ -175,6 +175,7 @@ def test_command(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
         ),
         ({"against": ["vllm"]}, "against: 'vllm' given"),
         ({"preset": "rwkv7"}, "no such file or preset"),
+        ({"peer_model": "qwen"}, "no such file or preset"),
     ],
 )
 def test_bad_input(options: dict[str, Any], message: str) -> None:
