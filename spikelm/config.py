@@ -64,10 +64,18 @@ class NeuronConfig:
     """Clip of |count|; null does not clip (SpikingBrain), 1 is ternary."""
     unsigned: bool = False
     """Counts are >= 0: for vectors that come out of a ReLU."""
-    learn: bool = False
-    """Train dead zone and k by gradient (integer); tau, threshold and softness (LIF)."""
+    learn: Literal["dead_zone"] | bool = False
+    """Train dead zone and k by gradient (integer), or the zone alone (dead_zone: JumpReLU's
+    thresholds, Rajamanoharan et al. 2024); tau, threshold and softness (LIF)."""
     target_silence: float | None = None
-    """Training steers the dead zone to this silent fraction; null leaves it alone."""
+    """Training steers the dead zone to this silent fraction; null leaves it alone. Of a zone that
+    is learned too, the gradient shapes the channels and this rule the silence of all."""
+    target_ramp: float = 0.0
+    """Share of training in which the target rises to `target_silence` from what the first step
+    measures."""
+    bypass: float = 0.0
+    """Share of training in which values = l * spikes + (1 - l) * x, l rising linearly from 0 to 1
+    (the smooth path of SpikingMamba, 2026); outside training l is 1."""
     tau: float = 2.0
     """Membrane time constant in tokens (LIF)."""
     v_threshold: float = 1.0
@@ -109,6 +117,14 @@ class NeuronConfig:
             raise ConfigError(
                 "dead_zone and target_silence need scale: adaptive; a fixed scale has no zone"
             )
+        if self.learn == "dead_zone" and (self.kind, self.scale) != ("integer", "adaptive"):
+            raise ConfigError("learn: dead_zone needs kind: integer and scale: adaptive")
+        for name in ("target_ramp", "bypass"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        if self.target_ramp and self.target_silence is None:
+            raise ConfigError("target_ramp needs target_silence, which it leads to")
+        if self.bypass and self.kind == "off":
+            raise ConfigError("bypass needs a kind that spikes: integer, lif or step, not off")
         if self.kind == "lif" and self.learn and self.tau == 1:
             raise ConfigError("tau: 1 given with learn: true; allowed: a number > 1")
 

@@ -50,6 +50,12 @@ def _limits(max_count: int | None, unsigned: bool) -> tuple[float, float]:
     return (0.0 if unsigned else -high), high
 
 
+def near_edge(x: Tensor, dead_zone: Tensor) -> Tensor:
+    """Which entries of x [..., C] lie in the band around the edge of the dead zone [C]."""
+    magnitude, mean = x.abs(), x.abs().mean(-1, keepdim=True)
+    return (magnitude - dead_zone * mean).abs() < DEAD_ZONE_BAND / 2 * mean
+
+
 class _IntegerSpike(torch.autograd.Function):
     """value = v_threshold * count; see `integer_spike` for the gradients."""
 
@@ -94,7 +100,7 @@ class _IntegerSpike(torch.autograd.Function):
             # The value an entry jumps to at the edge: its own, or that of the clip.
             low, high = _limits(ctx.max_count, ctx.unsigned)
             jump = torch.clamp(x / v_threshold, low, high) * v_threshold
-            near = beyond.abs() < DEAD_ZONE_BAND / 2 * mean
+            near = near_edge(x, dead_zone)
             grad_zone = (grad * jump * near / -DEAD_ZONE_BAND).flatten(0, -2).sum(0)
         return grad_x, grad_k, grad_zone, None, None
 

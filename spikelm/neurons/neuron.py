@@ -23,7 +23,8 @@ class Spikes(NamedTuple):
     values: Tensor
     """What a float projection reads [..., C]; differentiable."""
     counts: Tensor | None
-    """Integers [..., C] with values = v_threshold * counts; None if the neuron is off or soft."""
+    """Integers [..., C] with values = v_threshold * counts (unless a bypass is open); None if the
+    neuron is off or soft."""
     v_threshold: Tensor | None
     """[..., 1]; None if the neuron is off or soft."""
 
@@ -34,6 +35,9 @@ class Neuron(nn.Module):
     The membrane of a LIF neuron is the entry `<key>.v` [B, C] of its layer's state, float32 at
     least; several populations of one class in one layer take different keys. `name` is the
     module's path, which the model fills in.
+
+    In training `spiking` is the share of the spikes in the values, the rest being the input:
+    below 1 while a bypass is open. Counts are always those of the spikes.
 
     Parameters: the adaptive integer neuron has `k` and `dead_zone` [C], the fixed one `step`. With
     `learn` a LIF neuron has per channel `tau_logit` (tau = 1 + exp(-tau_logit), as in PLIF, Fang
@@ -57,10 +61,10 @@ class Neuron(nn.Module):
         self.tensor_class = tensor_class
         self.channels = channels
         self.config = config
+        self.spiking = 1.0
         for name, (_, shape) in self._initial().items():
-            self.register_parameter(
-                name, nn.Parameter(torch.empty(shape), requires_grad=config.learn)
-            )
+            learned = config.learn is True or config.learn == name
+            self.register_parameter(name, nn.Parameter(torch.empty(shape), requires_grad=learned))
 
     def _initial(self) -> dict[str, tuple[float, tuple[int, ...]]]:
         """The initial value and the shape of each parameter."""
@@ -120,6 +124,9 @@ class Neuron(nn.Module):
             spikes = _binary(fired) if c.softness is None else Spikes(fired, None, None)
         else:
             spikes = Spikes(x, None, None)
+        if self.training and self.spiking < 1:
+            values = torch.lerp(x.to(spikes.values.dtype), spikes.values, self.spiking)
+            spikes = spikes._replace(values=values)
         if probe is not None:
             probe(self, x, spikes)
         return spikes, kept

@@ -106,6 +106,12 @@ def test_yaml_round_trip(original: ModelConfig, tmp_path: Path) -> None:
             "target_silence needs kind: integer",
         ),
         ({"neurons": {"queries_keys": {"kind": "lif"}}}, "queries_keys takes kind: off, in"),
+        ({"neurons": {"ffn_hidden": {"bypass": 0.2}}}, "ffn_hidden: bypass needs a kind that sp"),
+        (
+            {"neurons": {"ffn_hidden": {"kind": "integer", "bypass": 1.5}}},
+            "ffn_hidden.bypass: 1.5 given; allowed: 0 to 1",
+        ),
+        ({"neurons": {"ffn_hidden": {"learn": "k"}}}, "neurons.ffn_hidden.learn: 'k' given; allow"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(data: Any, message: str) -> None:

@@ -191,15 +191,28 @@ def test_signals_leave_a_checkpoint_to_continue_from(recipe: Recipe, tmp_path: P
 
 
 def test_two_processes_train_what_one_does(recipe: Recipe, tmp_path: Path) -> None:
-    path = str(recipe(steps=3, l1_hidden=1e-3))
-    assert main([path, "--out", str(tmp_path / "one"), "--set", "grad_accum_steps=2"]) == 0
+    path = str(recipe(steps=3, l1_hidden=1e-3, revive_after=1))
+    zone = (
+        "{kind: integer, dead_zone: 1.5, target_silence: 0.5, target_ramp: 0.9, learn: dead_zone}"
+    )
+    rules = ("--set", f"model.neurons.mixer_input={zone}")
+    one_process = [*rules, "--set", "grad_accum_steps=2"]
+    assert main([path, "--out", str(tmp_path / "one"), *one_process]) == 0
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    process = start(path, "--out", str(tmp_path / "two"), launcher=torchrun)
+    process = start(path, "--out", str(tmp_path / "two"), *rules, launcher=torchrun)
     shown = process.communicate(timeout=120)[0]
     assert process.returncode == 0, shown
     one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 4
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        for key in a.keys() & {"loss", "validation_loss", "gradient_norm", "silent_fraction"}:
+        compared = {
+            "loss",
+            "validation_loss",
+            "gradient_norm",
+            "silent_fraction",
+            "dead",
+            "revived",
+        }
+        for key in a.keys() & compared:
             assert a[key] == pytest.approx(b[key], rel=1e-3), (key, a, b)

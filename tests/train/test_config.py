@@ -72,6 +72,8 @@ def test_resolved_recipe_is_reloadable(tmp_path: Path) -> None:
         ("optim.schedule=cosin", "did you mean 'cosine'"),
         ("data.validation_fraction=1", "data.validation_fraction"),
         ("max_seconds=-1", "max_seconds"),
+        ("revive_after=-1", "revive_after: -1 given; allowed: an integer >= 0"),
+        ("optim.neuron_lr=-1", "neuron_lr: -1.0 given; allowed: a number >= 0"),
         ("model.vocab_size=999", "drop model.vocab_size"),
         ("model.neurons.ffn_hidden.dead_zone=0", "ffn_hidden.dead_zone"),
         ("model=spikelm-dmo", "did you mean 'spikelm-demo"),

@@ -20,6 +20,8 @@ from spikelm_train.resume import claim, find
 
 Make = Callable[..., Trainer]
 
+SIGNED = ("model.neurons.ffn_hidden={kind: integer, dead_zone: 0.1}",)
+
 
 def train_steps(trainer: Trainer, count: int) -> list[float]:
     records = [trainer.advance(0.0) for _ in range(count)]
@@ -85,6 +87,14 @@ def test_warm_up_and_decay_reach_the_optimizer(make: Make) -> None:
     assert rates == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9, 1, 1, 1, 1, 1])
 
 
+def test_neurons_learn_at_their_factor_of_the_rate(make: Make) -> None:
+    trainer = make("model.neurons.ffn_hidden.learn=true", "optim.neuron_lr=0.1")
+    trainer.advance(0.0)
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert rates[:2] == [rates[0]] * 2
+    assert rates[2] == pytest.approx(0.1 * rates[0])
+
+
 def test_time_budget_drives_the_schedule(make: Make) -> None:
     trainer = make("steps=1000000", "max_seconds=10")
     record = trainer.advance(7.5)
@@ -103,6 +113,18 @@ def test_silence_is_steered_while_training(make: Make) -> None:
     assert record["silent"]["mixer_input"] == pytest.approx(0.5, abs=0.05)
     assert record["silent"]["mixer_output"] < 0.1
     assert 0 < record["silent_fraction"] < 1
+    assert record["dead"].keys() == {"mixer_input", "ffn_hidden"}
+    assert record["saturated"] == {}
+
+
+def test_hidden_vectors_of_gated_layers_are_penalised(make: Make) -> None:
+    def silent(weight: float) -> float:
+        trainer = make(f"l1_hidden={weight}", "steps=30", "model.ffn.kind=reglu", *SIGNED)
+        records = [trainer.advance(0.0) for _ in range(30)]
+        assert records[-1] is not None
+        return float(records[-1]["silent"]["ffn_hidden"])
+
+    assert silent(0.1) > silent(0.0) + 0.1
 
 
 def test_l1_makes_hidden_vectors_smaller(make: Make) -> None:

@@ -72,6 +72,17 @@ def test_parameter_groups_decay_projections_only() -> None:
     assert with_decay | without == trainable
 
 
+def test_neurons_have_a_learning_rate_of_their_own() -> None:
+    model = tiny_model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    *_, neurons = parameter_groups(model, 0.1, neuron_lr=0.1)
+    assert {names[id(p)].rpartition(".")[2] for p in neurons["params"]} == {"k", "dead_zone"}
+    assert (neurons["weight_decay"], neurons["lr_factor"]) == (0.0, 0.1)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = make_optimizer(model, OptimConfig(neuron_lr=0.1)).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(trainable)
+
+
 def test_parameter_groups_treat_a_tied_head_as_the_embedding() -> None:
     model = tiny_model(tie_embeddings=True)
     decayed, others = parameter_groups(model, 0.1)

@@ -24,6 +24,8 @@ def measurement(step: int) -> dict[str, Any]:
         "tokens_per_second": 12345.6,
         "silent_fraction": 0.625,
         "silent": {"mixer_input": 0.5, "ffn_hidden": 0.95},
+        "dead": {"mixer_input": 0.0, "ffn_hidden": 0.0},
+        "saturated": {"mixer_input": 0.0002},
     }
 
 
@@ -32,6 +34,12 @@ def test_progress_line_names_every_number() -> None:
     for part in ("step 4", "40%", "loss 3.000", "2.500 bits/byte", "1.0e-03", "12,346 tok/s"):
         assert part in line
     assert line.endswith("silent 62.5% (mixer_input 50% ffn_hidden 95%)")
+
+
+def test_progress_line_names_dead_and_saturated_neurons_where_there_are_any() -> None:
+    found = {"dead": {"mixer_input": 0.0, "ffn_hidden": 0.0312}, "saturated": {"ffn_hidden": 0.009}}
+    line = progress_line({**measurement(4), **found})
+    assert line.endswith("ffn_hidden 95%)  dead ffn_hidden 3.1%  saturated ffn_hidden 0.9%")
 
 
 def test_progress_line_without_silence() -> None:
@@ -85,7 +93,7 @@ def test_draw_writes_a_png_and_scalars(tmp_path: Path) -> None:
     reporter.close()
     assert (tmp_path / CURVE).read_bytes().startswith(b"\x89PNG")
     events = next((tmp_path / "tensorboard").iterdir()).read_bytes()
-    for tag in (b"loss", b"silent/ffn_hidden", b"validation_bits_per_byte"):
+    for tag in (b"loss", b"silent/ffn_hidden", b"dead/ffn_hidden", b"validation_bits_per_byte"):
         assert tag in events
 
 

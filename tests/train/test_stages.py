@@ -176,3 +176,68 @@ def test_bad_stage_is_named(recipe: Callable[..., Path], stages: str, message: s
         load_recipe(str(recipe()), [f"stages={stages}", *(f"model.neurons.{n}" for n in neurons)])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+RULES = (
+    "model.neurons.mixer_input={kind: integer, dead_zone: 0.5, target_silence: 0.6,"
+    " target_ramp: 0.5, learn: dead_zone, bypass: 0.6}",
+    "model.neurons.mixer_output={kind: lif, bypass: 0.6}",
+    "model.neurons.ffn_hidden.dead_zone=8",
+    "optim.neuron_lr=3",
+    "revive_after=2",
+)
+
+
+def test_a_bypass_closes_over_its_share_of_the_run(make: Make) -> None:
+    trainer = make(*RULES)
+    shares: dict[str, list[float]] = {}
+    for _ in range(10):
+        trainer.advance(0.0)
+        for neuron in trainer.module.neurons():
+            shares.setdefault(neuron.tensor_class, []).append(neuron.spiking)
+    opening = [(i + 0.5) / 6 for i in range(6)]
+    for name in ("mixer_input", "mixer_output"):
+        assert shares[name][:12:2] == pytest.approx(opening)
+        assert shares[name][12:] == [1.0] * 8
+    assert set(shares["ffn_hidden"]) == {1.0}
+
+
+def test_validation_and_saved_models_know_no_bypass(make: Make, tmp_path: Path) -> None:
+    trainer = make(*RULES)
+    trainer.advance(0.0)
+    assert any(neuron.spiking < 1 for neuron in trainer.module.neurons())
+    found = trainer.validate()
+    assert trainer.module.training
+    checkpoint.save(tmp_path / "model", trainer.module, trainer.corpus.tokenizer)
+    for neuron in trainer.module.neurons():
+        neuron.spiking = 1.0
+    assert trainer.validate() == found
+    trainer.module = checkpoint.load(tmp_path / "model").model
+    assert trainer.validate() == found
+
+
+@pytest.mark.parametrize("stop", [1, 3, 7])
+def test_resume_is_exact_with_every_rule(make: Make, stop: int) -> None:
+    straight = make(*RULES, "log_every=2", out="straight")
+    records = [trainer_record(straight) for _ in range(10)]
+    before = make(*RULES, "log_every=2", out="resumed")
+    first = [trainer_record(before) for _ in range(stop)]
+    before.save(1.5)
+    after = make(*RULES, "log_every=2", out="resumed")
+    position = claim(after.out, after.config, fresh=False, num_processes=1)
+    assert position is not None
+    after.load(position)
+    assert first + [trainer_record(after) for _ in range(10 - stop)] == records
+    states = straight.module.state_dict(), after.module.state_dict()
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert after.silence.revived > 0
+
+
+def trainer_record(trainer: Trainer) -> dict[str, object] | None:
+    record = trainer.advance(0.0)
+    assert record is None or record["dead"].keys() == {
+        "mixer_input",
+        "mixer_output",
+        "ffn_hidden",
+    }
+    return record

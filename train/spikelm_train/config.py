@@ -88,6 +88,8 @@ class OptimConfig:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay of projection weights; everything else has none."""
+    neuron_lr: float = 1.0
+    """Learning rate of what neurons learn (k, dead zones, time constants), as a factor of `lr`."""
     grad_clip: float | None = 1.0
     """Largest gradient norm; null does not clip."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -114,7 +116,8 @@ class OptimConfig:
         ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(ok, "betas", list(self.betas), "two numbers, 0 <= beta < 1")
         _require(self.eps > 0, "eps", self.eps, "a number > 0")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
+        for name in ("weight_decay", "neuron_lr"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
         if self.grad_clip is not None:
             _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "a number > 0, or null")
         for name in ("warmup_fraction", "final_lr_fraction", "wsd_decay_fraction"):
@@ -215,6 +218,9 @@ class TrainConfig:
     """Weight of sum_c |h_c| of the FFN's hidden vector, mean over tokens and layers (nats)."""
     silence_rate: float = 0.2
     """Gain per step of the rule that steers dead zones to `target_silence`."""
+    revive_after: int = 0
+    """Steps without a spike after which a channel's dead zone is halved, and again after as many
+    (homeostasis, Turrigiano 2008); 0 never."""
     stages: tuple[StageConfig, ...] = ()
     """Changes of the neurons in the course of the run, in the order of their `at`."""
     log_every: int = 10
@@ -248,7 +254,7 @@ class TrainConfig:
             "sample_tokens",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
-        for name in ("eval_every", "save_every", "sample_every", "seed"):
+        for name in ("eval_every", "save_every", "sample_every", "revive_after", "seed"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "an integer >= 0")
         _require(self.seed < 2**63, "seed", self.seed, "an integer below 2^63")
         for name in ("l1_hidden", "silence_rate"):

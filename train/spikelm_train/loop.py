@@ -24,7 +24,7 @@ from spikelm_train.data import Corpus, make_sampler, prepare
 from spikelm_train.optim import lr_factor, make_optimizer
 from spikelm_train.report import Reporter
 from spikelm_train.silence import Silence
-from spikelm_train.stages import Stages
+from spikelm_train.stages import Stages, close_bypasses, ramp
 from spikelm_train.validation import cross_entropy, sample_text, to_batch, validation_sums
 
 # The L1 term grows to its weight over this part of the run.
@@ -128,8 +128,9 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(
             self.module, make_optimizer(self.module, config.optim)
         )
-        self.silence = Silence(self.module.neurons(), config.silence_rate)
+        self.silence = Silence(self.module.neurons(), config.silence_rate, config.revive_after)
         self.silence.penalise = config.l1_hidden > 0
+        accelerator.register_for_checkpointing(self.silence)
         self.stages = Stages(config.stages, self.module)
         if config.stages:
             accelerator.register_for_checkpointing(self.stages)
@@ -181,13 +182,15 @@ class Trainer:
         # Half a step ahead, so that the warm-up's first step is not wasted at rate 0.
         progress = config.progress(self.step + 0.5, seconds)
         self._enter_stages(progress)
+        close_bypasses(silence.neurons, progress)
         lr = config.optim.lr * lr_factor(config.optim, progress)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         logged = (self.step + 1) % config.log_every == 0 or self.step == 0
         silence.clear()
         silence.measure_all = logged
         loss = self._accumulate(progress)
+        silence.shape(self._summed(silence.edges()))
         norm = self.accelerator.clip_grad_norm_(
             self.module.parameters(), config.optim.grad_clip or math.inf
         )
@@ -195,8 +198,9 @@ class Trainer:
             raise SpikelmError(self._diverged(loss, float(norm)))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        counts = self.accelerator.reduce(silence.counts(), "sum")
-        silence.steer(counts)
+        counts = self._summed(silence.counts())
+        silence.steer(counts, progress)
+        silence.watch(self._summed(silence.fired()))
         self.step += 1
         if not logged:
             return None
@@ -211,6 +215,9 @@ class Trainer:
             "gradient_norm": float(norm),
             "silent_fraction": total,
             "silent": classes,
+            "dead": silence.dead(config.log_every),
+            "saturated": silence.saturated(counts),
+            **({"revived": silence.revived} if config.revive_after else {}),
         }
 
     def _accumulate(self, progress: float) -> float:
@@ -231,7 +238,7 @@ class Trainer:
                 loss = cross_entropy(logits, batch.targets).mean()
                 objective = sum(balance, start=loss)
                 if self.silence.penalise:
-                    weight = self.config.l1_hidden * min(1.0, progress / L1_RAMP)
+                    weight = self.config.l1_hidden * ramp(progress, L1_RAMP)
                     objective = objective + weight * self.silence.take_l1()
                 accelerator.backward(objective / parts)
             total += loss.detach() / parts
@@ -240,6 +247,7 @@ class Trainer:
     def validate(self) -> tuple[float, float]:
         """(nats per token, bits per byte) of held-out text."""
         accelerator = self.accelerator
+        self.module.eval()
         sums = validation_sums(
             self.module,
             self.corpus,
@@ -247,6 +255,7 @@ class Trainer:
             accelerator.process_index,
             accelerator.num_processes,
         )
+        self.module.train()
         nats, num_tokens, num_bytes = accelerator.reduce(sums, "sum").tolist()
         return nats / num_tokens, nats / num_bytes / math.log(2)
 
@@ -294,6 +303,11 @@ class Trainer:
         mine = torch.tensor([[seconds, signum]], dtype=torch.float64).to(accelerator.device)
         seconds, largest = accelerator.gather(mine).amax(0).tolist()
         return seconds, int(largest)
+
+    def _summed(self, mine: torch.Tensor) -> torch.Tensor:
+        """The sum over processes; nothing is sent where there is nothing to add."""
+        total: torch.Tensor = self.accelerator.reduce(mine, "sum") if mine.numel() else mine
+        return total
 
     def _occasionally(self, seconds: float) -> None:
         config, reporter = self.config, self.reporter

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikelm.neurons import Neuron
 from spikelm_train.config import OptimConfig
 
 
@@ -29,28 +30,36 @@ def lr_factor(config: OptimConfig, progress: float) -> float:
     return 1.0
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, neuron_lr: float = 1.0
+) -> list[dict[str, Any]]:
     """Projection weights with decay; embeddings, norms, biases, convolutions and neurons without.
 
     A row of the embedding gets a gradient only when its token occurs, so decay would shrink rare
-    tokens; a head tied to it goes with it. Parameters without gradient are left out.
+    tokens; a head tied to it goes with it. Parameters without gradient are left out. Neurons have
+    a group of their own, with an "lr_factor", where `neuron_lr` is not 1.
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    neurons: list[nn.Parameter] = []
+    modules = model.modules() if neuron_lr != 1 else ()
+    apart = {id(p) for module in modules if isinstance(module, Neuron) for p in module.parameters()}
     # A tied weight is named once, as the embedding's.
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decayed if name.endswith("linear.weight") else others).append(parameter)
+            group = decayed if name.endswith("linear.weight") else others
+            (neurons if id(parameter) in apart else group).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
+        {"params": neurons, "weight_decay": 0.0, "lr_factor": neuron_lr},
     ]
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimiser of a recipe over all trainable parameters of `model`."""
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.neuron_lr)
     betas = (config.betas[0], config.betas[1])
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)

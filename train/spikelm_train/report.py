@@ -81,6 +81,10 @@ def progress_line(record: Mapping[str, Any]) -> str:
     if record["silent_fraction"] is not None:
         classes = " ".join(f"{name} {value:.0%}" for name, value in record["silent"].items())
         parts.append(f"silent {record['silent_fraction']:.1%} ({classes})")
+    for name in ("dead", "saturated"):
+        found = [f"{n} {value:.1%}" for n, value in record[name].items() if value >= 0.0005]
+        if found:
+            parts.append(f"{name} {' '.join(found)}")
     return "  ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""Stages of a run: neurons that count less and less, with the same weights.
+"""Stages and ramps of a run: neurons that count less and less, with the same weights.
 
 A network that begins with fine counts and is made coarser while it trains ends better than one
 that is coarse from the start, or so IIR-SNN found for time steps (Chowdhury et al. 2021, "One
@@ -7,12 +7,24 @@ timestep is all you need").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from spikelm.models.spikelm import LanguageModel
+from spikelm.neurons import Neuron
 from spikelm_train.config import StageConfig, staged
+
+
+def ramp(progress: float, share: float) -> float:
+    """Rises linearly from 0 to 1 over the first `share` of the run; 1 throughout if that is 0."""
+    return min(1.0, progress / share) if share else 1.0
+
+
+def close_bypasses(neurons: Iterable[Neuron], progress: float) -> None:
+    """Gives the spikes their part of the values when `progress` (0 to 1) of the run is over."""
+    for neuron in neurons:
+        neuron.spiking = ramp(progress, neuron.config.bypass)
 
 
 class Stages:

@@ -135,3 +135,54 @@ def test_a_learned_step_threshold_gets_a_gradient() -> None:
     neuron = make("step", learn=True, v_threshold=0.1)
     neuron(torch.randn(2, 3, 4), {})[0].values.sum().backward()
     assert (neuron.v_threshold.grad < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("integer", {"dead_zone": 0.5}),
+        ("integer", {"dead_zone": 0.5, "unsigned": True, "max_count": 2}),
+        ("integer", {"scale": "fixed", "max_count": 2}),
+        ("lif", {}),
+        ("lif", {"softness": 0.5}),
+        ("step", {"v_threshold": 0.5}),
+    ],
+)
+def test_an_open_bypass_blends_values_and_leaves_the_spikes_alone(
+    kind: Any, fields: dict[str, Any]
+) -> None:
+    neuron = make(kind, **fields)
+    x = torch.randn(2, 5, 4, requires_grad=True)
+    state = neuron.zero_state(2, x)
+    closed, after = neuron(x, state)
+    neuron.spiking = 0.25
+    blended, kept = neuron(x, state)
+    torch.testing.assert_close(blended.values, 0.25 * closed.values + 0.75 * x)
+    for left, right in zip(blended[1:], closed[1:], strict=True):
+        assert left is right is None or torch.equal(left, right)
+    assert all(torch.equal(kept[name], after[name]) for name in after)
+    (slope,) = torch.autograd.grad(closed.values.sum(), x)
+    (grad,) = torch.autograd.grad(blended.values.sum(), x)
+    torch.testing.assert_close(grad, 0.25 * slope + 0.75)
+    outside, _ = neuron.eval()(x, state)
+    assert torch.equal(outside.values, closed.values)
+
+
+def test_a_bypass_around_half_precision_keeps_the_width_of_the_spikes() -> None:
+    neuron = make("integer")
+    neuron.spiking = 0.5
+    spikes, _ = neuron(torch.randn(1, 3, 4, dtype=torch.bfloat16), {})
+    assert spikes.values.dtype == torch.float32
+
+
+def test_the_dead_zone_can_be_learned_alone() -> None:
+    both, zone = make("integer", learn=True), make("integer", learn="dead_zone", dead_zone=0.7)
+    assert both.k.requires_grad
+    assert both.dead_zone.requires_grad
+    assert zone.dead_zone.requires_grad
+    assert not zone.k.requires_grad
+    zone(torch.linspace(0, 1, 4)[None, None], {})[0].values.sum().backward()
+    assert (zone.dead_zone.grad != 0).any()
+    for fields in ({"kind": "lif"}, {"kind": "step"}, {"kind": "integer", "scale": "fixed"}):
+        with pytest.raises(ConfigError, match="learn: dead_zone needs kind: integer"):
+            NeuronConfig(learn="dead_zone", **fields)  # type: ignore[arg-type]
