@@ -23,6 +23,7 @@ from spikelm.errors import CheckpointError, ConfigError
 from spikelm.folders import staged
 from spikelm.kernels import event
 from spikelm.models import coded
+from spikelm.models.grid import LEVELS
 from spikelm.models.layers import Linear
 from spikelm.models.spikelm import LanguageModel
 from spikelm.tokenizer import Tokenizer
@@ -188,7 +189,7 @@ def use_coding(model: LanguageModel, config: dict[str, Any], where: Path | str) 
     if not (
         isinstance(bits, dict)
         and bits.keys() == names
-        and all(type(own) is int and own in coded.LEVELS for own in bits.values())
+        and all(type(own) is int and own in LEVELS for own in bits.values())
         and type(group_size) is int
         and group_size >= 1
         and isinstance(gated, list)

@@ -353,6 +353,24 @@ class FFNConfig:
             )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsConfig:
+    """Weights of projections on the integer grid that `spikelm convert` stores: trained so."""
+
+    bits: Literal[8, 4] | None = None
+    """Bits of every projection's weights; null leaves them floats."""
+    bits_of: dict[str, Literal[8, 4] | None] = field(default_factory=dict)
+    """Other bits by tensor class, or by the name of the neurons in front (`head`), which goes
+    before its class."""
+    group_size: int = 1
+    """Outputs that share one step."""
+    learn_step: bool = True
+    """Train the steps (LSQ, Esser et al. 2020); false keeps those that rounding began with."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "group_size")
+
+
 Mixer = Literal[
     "delta",
     "gla",
@@ -388,6 +406,8 @@ class ModelConfig:
     """Shape of the `rwkv7` layers."""
     ffn: FFNConfig = field(default_factory=FFNConfig)
     """Shape of the feed-forward layers."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """Weights that are rounded in training."""
     tie_embeddings: bool = False
     """The head reads the embedding's matrix."""
     norm: Literal["rms", "layer"] = "rms"
@@ -632,6 +652,10 @@ def _convert(hint: Any, value: object, path: str) -> Any:
             allowed = ", ".join(map(str, arguments))
             raise ConfigError(f"{path}: '{value}' given; allowed: {allowed}{hint}")
         return value
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected keys and values, got {value!r}")
+        return {str(k): _convert(arguments[1], v, f"{path}.{k}") for k, v in value.items()}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path}: expected a list, got {value!r}")

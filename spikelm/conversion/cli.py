@@ -42,23 +42,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--group-size",
         type=int,
-        default=1,
         metavar="N",
-        help="outputs that share one scale (default: %(default)s)",
+        help="outputs that share one scale (default: as trained, else 1)",
     )
     parser.add_argument(
         "--bits",
         action="append",
         default=[],
         metavar="[CLASS=]BITS",
-        help="bits per weight, 8 (default) or 4; of a tensor class, or of one projection by the "
-        "name of its neurons, with CLASS=, e.g. --bits 4 --bits head=8",
+        help="bits per weight, 8 or 4 (default: as trained, else 8); of a tensor class, or of one "
+        "projection by the name of its neurons, with CLASS=, e.g. --bits 4 --bits head=8",
     )
     parser.add_argument(
         "--rounding",
         choices=("nearest", "compensated"),
         help="round to nearest, or make up for each error in the weights still to be rounded, on "
-        "the calibration text (default: compensated for 4 bits, nearest for 8)",
+        "the calibration text (default: compensated for 4 bits, nearest for 8; weights that were "
+        "rounded in training stay as they are)",
     )
     return parser
 
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> int:
         windows,
         silence=silence,
         group_size=arguments.group_size,
-        bits=bits.pop("", 8),
+        bits=bits.pop("", None),
         bits_of=bits,
         rounding=arguments.rounding,
     )

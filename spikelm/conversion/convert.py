@@ -18,6 +18,7 @@ from spikelm.config import (
     ModelConfig,
     NeuronConfig,
     NeuronsConfig,
+    WeightsConfig,
     to_dict,
 )
 from spikelm.conversion.calibrate import calibrate
@@ -25,13 +26,14 @@ from spikelm.conversion.quantise import compensate
 from spikelm.errors import CheckpointError, ConfigError, did_you_mean
 from spikelm.kernels.event import MAX_COUNT
 from spikelm.models.coded import (
-    LEVELS,
     coded_copy,
     coding,
     gated_projections,
     projections,
+    trained_grid,
     use_gates,
 )
+from spikelm.models.grid import RoundedLinear, resolve_bits
 from spikelm.models.spikelm import LanguageModel
 
 FORMAT = "spikelm-spikes-1"
@@ -45,8 +47,8 @@ def convert(
     windows: Tensor,
     *,
     silence: Mapping[str, float] | None = None,
-    group_size: int = 1,
-    bits: int = 8,
+    group_size: int | None = None,
+    bits: int | None = None,
     bits_of: Mapping[str, int] | None = None,
     rounding: Rounding | None = None,
 ) -> dict[str, Any]:
@@ -54,16 +56,16 @@ def convert(
 
     Trained neurons keep their thresholds; projections without one are calibrated on the token
     `windows` [B, T], with dead zones for the silent fractions in `silence` (per tensor class).
-    Weights have `bits`, 4 or 8, where `bits_of` does not say otherwise, by tensor class or by the
-    name of the population in front (`head`). Rounding to 4 bits is compensated on the `windows`
-    (`conversion.quantise`) and to 8 bits is to nearest, unless `rounding` says one for both.
-    Raises: ConfigError for a silence or bits that do not apply, CheckpointError for a bad source.
+    Weights have `bits`, 4 or 8 (null: 8), where `bits_of` does not say otherwise, by tensor class
+    or by the name of the population in front (`head`). Rounding to 4 bits is compensated on the
+    `windows` (`conversion.quantise`) and to 8 bits is to nearest, unless `rounding` says one for
+    both. Weights that were rounded in training keep the integers, scales, bits and groups of that.
+    Raises: ConfigError for a silence, bits, group size or rounding that do not apply,
+    CheckpointError for a bad source.
     """
     loaded = checkpoint.load(source)
     if loaded.manifest is not None:
         raise ConfigError(f"{source} is spike-coded already; give the float folder it came from")
-    if group_size < 1:
-        raise ConfigError(f"group size {group_size} given; allowed: 1 or more outputs")
     broken = [n for n, t in loaded.model.state_dict().items() if not bool(t.isfinite().all())]
     if broken:
         raise CheckpointError(
@@ -71,7 +73,17 @@ def convert(
         )
     silence = dict(silence or {})
     _check_silence(silence, loaded.model.config)
-    bits_by_name = _resolve_bits(bits, bits_of or {}, loaded.model)
+    trained = {
+        p.neuron.name: grid
+        for p in projections(loaded.model)
+        if (grid := trained_grid(p)) is not None
+    }
+    bits_by_name = _resolve_bits(bits, bits_of or {}, loaded.model, trained)
+    group_size = _resolve_group_size(group_size, trained)
+    if rounding is not None and trained.keys() == bits_by_name.keys():
+        raise ConfigError(
+            f"rounding {rounding} given, but all weights were rounded in training; leave it out"
+        )
     calibrated = calibrate(loaded.model, windows, silence)
     config = coded_config(loaded.model.config)
     model = coded_copy(loaded.model, config, group_size, bits_by_name)
@@ -82,7 +94,9 @@ def convert(
                 neuron.k.fill_(k)
                 neuron.dead_zone.fill_(dead_zone)
     roundings = {
-        name: rounding or ("compensated" if own == 4 else "nearest")
+        name: "trained"
+        if name in trained
+        else rounding or ("compensated" if own == 4 else "nearest")
         for name, own in bits_by_name.items()
     }
     weights = {
@@ -135,7 +149,12 @@ def coded_config(config: ModelConfig) -> ModelConfig:
             neuron = dataclasses.replace(neuron, max_count=MAX_COUNT)
         # Softness is for training; what it approaches is the hard threshold.
         neurons[name] = dataclasses.replace(neuron, softness=None)
-    return dataclasses.replace(config, neurons=NeuronsConfig(**neurons), tie_embeddings=False)
+    return dataclasses.replace(
+        config,
+        neurons=NeuronsConfig(**neurons),
+        weights=WeightsConfig(),
+        tie_embeddings=False,
+    )
 
 
 def _check_silence(silence: Mapping[str, float], config: ModelConfig) -> None:
@@ -153,22 +172,35 @@ def _check_silence(silence: Mapping[str, float], config: ModelConfig) -> None:
             )
 
 
-def _resolve_bits(bits: int, bits_of: Mapping[str, int], model: LanguageModel) -> dict[str, int]:
-    """The bits of every projection, by the name of the population in front."""
-    classes = {p.neuron.name: p.neuron.tensor_class for p in projections(model)}
-    known = sorted({*classes, *classes.values()})
-    for name in bits_of:
-        if name not in known:
-            reason = "feeds no weights of this model" if name in TENSOR_CLASSES else "is unknown"
-            near = did_you_mean(name, sorted({*classes.values(), "head"}))
-            raise ConfigError(f"bits for '{name}' given, which {reason}; {near}")
-    for given in (bits, *bits_of.values()):
-        if given not in LEVELS:
-            raise ConfigError(f"bits {given} given; allowed: {', '.join(map(str, sorted(LEVELS)))}")
-    return {
-        name: bits_of.get(name, bits_of.get(tensor_class, bits))
-        for name, tensor_class in classes.items()
-    }
+def _resolve_bits(
+    bits: int | None,
+    bits_of: Mapping[str, int],
+    model: LanguageModel,
+    trained: Mapping[str, RoundedLinear],
+) -> dict[str, int]:
+    """The bits of every projection, by the name of the population in front: as asked for, else as
+    `trained`, else 8.
+    """
+    found = {}
+    for name, asked in resolve_bits(bits, bits_of, projections(model)).items():
+        own = trained[name].bits if name in trained else 8
+        if name in trained and asked not in (None, own):
+            raise ConfigError(
+                f"bits {asked} given for {name}, whose weights were trained with {own}; leave the "
+                "bits of trained weights out, or convert a model of float weights"
+            )
+        found[name] = own if asked is None else asked
+    return found
+
+
+def _resolve_group_size(asked: int | None, trained: Mapping[str, RoundedLinear]) -> int:
+    """Outputs that share one scale: as asked for, else as trained, else 1."""
+    if asked is not None and asked < 1:
+        raise ConfigError(f"group size {asked} given; allowed: 1 or more outputs")
+    own = next((linear.group_size for linear in trained.values()), None)
+    if None not in (asked, own) and asked != own:
+        raise ConfigError(f"group size {asked} given, but the weights were trained with {own}")
+    return asked or own or 1
 
 
 def _entry(tally: Tally, calibrated: bool) -> dict[str, Any]:

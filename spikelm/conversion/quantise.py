@@ -17,11 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from spikelm.models.coded import (
-    CodedLinear,
-    projections,
-    round_to_levels,
-)
+from spikelm.models.coded import CodedLinear, projections
+from spikelm.models.grid import round_to_levels
 from spikelm.models.layers import Projection
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Neuron, Spikes

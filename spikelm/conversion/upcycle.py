@@ -57,7 +57,7 @@ def upcycle(model: LanguageModel, experts: ExpertsConfig) -> LanguageModel:
         if match is None or int(match[1]) in experts.dense_layers:
             wanted[name].copy_(tensor)
             continue
-        factor = scale if name.endswith("linear.weight") else 1.0
+        factor = scale if name.endswith(("linear.weight", "linear.step")) else 1.0
         copies = [f"experts.{e}" for e in range(experts.num_experts)]
         copies += [f"shared.{s}" for s in range(experts.num_shared)]
         for copy in copies:

@@ -15,23 +15,16 @@ from torch.nn import functional as F
 from spikelm.config import ModelConfig
 from spikelm.kernels import event
 from spikelm.models.ffn import GatedFFN
+from spikelm.models.grid import RoundedLinear, choose_scale, round_to_levels
 from spikelm.models.layers import Linear, Projection
 from spikelm.models.spikelm import LanguageModel, Layer
 from spikelm.neurons import Spikes
-
-LEVELS = {8: (-127, 127), 4: (-8, 7)}
-"""Smallest and largest integer weight, by its bits."""
 
 TWO_STAGE_OUTPUTS = 8192
 """Heads of so many 8-bit logits are laid out in halves, so that a token reads little more than the
 upper ones. Of fewer logits too many matter."""
 
 _FOUR_BIT_OFFSET = 8
-# Sizes of one 4-bit level to choose from, relative to the one that clamps nothing. 7/8 of it still
-# reaches the largest weight with -8.
-_FOUR_BIT_STEPS = [1 - 0.025 * n for n in range(26)]
-# Weights whose scales are searched together.
-_PART_WEIGHTS = 2**16
 
 
 class CodedLinear(nn.Module):
@@ -135,41 +128,6 @@ def quantise(weight: Tensor, group_size: int, bits: int = 8) -> tuple[Tensor, Te
     return round_to_levels(weight.float(), per_output, bits).to(torch.int8).T.contiguous(), scale
 
 
-def round_to_levels(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The integer of `bits` nearest to weight / scale, as a float."""
-    return torch.round(weight / scale).clamp(*LEVELS[bits])
-
-
-def choose_scale(weight: Tensor, group_size: int, bits: int) -> Tensor:
-    """The scale [out / group] of weight [out, in].
-
-    8 bits: the largest |weight| of a group maps to 127, so nothing is clamped. 4 bits: the step of
-    least squared error; its sign points the longer side, -8, to the largest |weight|.
-    """
-    rows = weight.float()
-    missing = -rows.shape[0] % group_size
-    groups: Tensor = F.pad(rows, (0, 0, 0, missing)).unflatten(0, (-1, group_size)).flatten(1)
-    if bits == 8:
-        return groups.abs().amax(1).clamp(min=1e-12) / LEVELS[8][1]
-    # A part at a time stays in the cache for all candidates.
-    parts = groups.split(max(1, _PART_WEIGHTS // groups.shape[1]))
-    return torch.cat([_four_bit_scale(part) for part in parts])
-
-
-def _four_bit_scale(groups: Tensor) -> Tensor:
-    """The scale of each row."""
-    absmax = groups.abs().amax(1).clamp(min=1e-12)
-    sign = torch.where(groups.amax(1) > -groups.amin(1), -1.0, 1.0)
-    best, least = absmax, torch.full_like(absmax, torch.inf)
-    for step in _FOUR_BIT_STEPS:
-        scale = sign * absmax * step / LEVELS[4][1]
-        rounded = round_to_levels(groups, scale[:, None], 4) * scale[:, None]
-        error = (rounded - groups).square().sum(1)
-        best = torch.where(error < least, scale, best)
-        least = torch.minimum(error, least)
-    return best
-
-
 def use_coded_linears(
     model: LanguageModel, group_size: int, bits: int | Mapping[str, int] = 8
 ) -> None:
@@ -183,6 +141,12 @@ def use_coded_linears(
             projection.linear = CodedLinear(in_features, out_features, group_size, own)
 
 
+def trained_grid(projection: Projection) -> RoundedLinear | None:
+    """The projection's linear if its weight was rounded in training; None if it is a float."""
+    linear = projection.linear
+    return linear if isinstance(linear, RoundedLinear) and linear.begun else None
+
+
 def coded_copy(
     model: LanguageModel,
     config: ModelConfig,
@@ -191,7 +155,7 @@ def coded_copy(
 ) -> LanguageModel:
     """The float `model` with integer weights of `bits` (as in `use_coded_linears`), under `config`,
     which puts a neuron before every projection. Neurons `model` lacks keep their initial
-    thresholds.
+    thresholds, and weights that were rounded in training the integers and scales of that.
     """
     with torch.device("meta"):
         coded = LanguageModel(config)
@@ -203,6 +167,10 @@ def coded_copy(
     coded.load_state_dict(kept, strict=False)
     for source, target in zip(projections(model), projections(coded), strict=True):
         assert isinstance(target.linear, CodedLinear)
+        grid = trained_grid(source)
+        if grid is not None and (grid.bits, grid.group_size) == (target.linear.bits, group_size):
+            target.linear.fill(grid.integers(), grid.scale().detach().clone())
+            continue
         weight = source.linear.get_parameter("weight")
         target.linear.fill(*quantise(weight, group_size, target.linear.bits))
     return coded.eval().requires_grad_(False)

@@ -144,11 +144,15 @@ class Linear(nn.Module):
     def reset_parameters(self) -> None:
         draw(self.weight, self.init, self.init_scale)
 
+    def effective_weight(self) -> Tensor:
+        """What the product reads."""
+        return self.weight
+
     def forward(self, spikes: Spikes) -> Tensor:
-        values = spikes.values
-        if self.weight.dtype in (torch.bfloat16, torch.float16):
-            values = values.to(self.weight.dtype)
-        return F.linear(values, self.weight)
+        values, weight = spikes.values, self.effective_weight()
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            values = values.to(weight.dtype)
+        return F.linear(values, weight)
 
 
 class Projection(nn.Module):

@@ -20,8 +20,10 @@ from spikelm.config import ModelConfig
 from spikelm.kernels.precision import widen
 from spikelm.models.copying import HeadQK
 from spikelm.models.ffn import make_ffn
+from spikelm.models.grid import RoundedLinear, resolve_bits
 from spikelm.models.layers import (
     Context,
+    Linear,
     Projection,
     draw,
     make_norm,
@@ -122,6 +124,7 @@ class LanguageModel(nn.Module):
         self.head_qk = HeadQK(config) if config.head_qk_dim else None
         self.tie_weights()
         self._name_neurons()
+        self._round_weights()
 
     def tie_weights(self) -> None:
         """Makes the head read the embedding's matrix, if the configuration says so."""
@@ -138,6 +141,17 @@ class LanguageModel(nn.Module):
                 parts = module.name.split(".")
                 own = parts[3:] if len(parts) > 3 else parts[-1:]
                 module.key = ".".join(own)
+
+    def _round_weights(self) -> None:
+        """Linears that are trained on an integer grid, where the configuration asks for them."""
+        c = self.config.weights
+        populations = {m.neuron.name: m for m in self.modules() if isinstance(m, Projection)}
+        for name, bits in resolve_bits(c.bits, c.bits_of, [*populations.values()]).items():
+            linear = populations[name].linear
+            assert isinstance(linear, Linear)
+            if bits is not None:
+                rounded = RoundedLinear(linear, bits, c.group_size, c.learn_step)
+                populations[name].linear = rounded
 
     def initialise(self, seed: int) -> LanguageModel:
         """Draws all parameters from `seed`, on the CPU generator; returns the model."""

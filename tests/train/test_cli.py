@@ -191,13 +191,17 @@ def test_signals_leave_a_checkpoint_to_continue_from(recipe: Recipe, tmp_path: P
 
 
 def test_two_processes_train_what_one_does(recipe: Recipe, tmp_path: Path) -> None:
-    path = str(recipe(steps=3, l1_hidden=1e-3, revive_after=1))
+    # Everything that is shared between processes, and a teacher whose features need a map.
+    wider = ["--set", "model.width=48", "--set", "steps=1"]
+    assert main([str(recipe()), "--out", str(tmp_path / "teacher"), *wider]) == 0
+    distill = {"teacher": str(tmp_path / "teacher"), "features": 1.0}
+    path = str(recipe(steps=3, l1_hidden=1e-3, revive_after=1, distill=distill, quantise_at=0.4))
     zone = (
         "{kind: integer, dead_zone: 1.5, target_silence: 0.5, target_ramp: 0.9, learn: dead_zone}"
     )
-    rules = ("--set", f"model.neurons.mixer_input={zone}")
-    one_process = [*rules, "--set", "grad_accum_steps=2"]
-    assert main([path, "--out", str(tmp_path / "one"), *one_process]) == 0
+    rules = ["--set", f"model.neurons.mixer_input={zone}", "--set", "model.weights.bits=4"]
+    one_rank = ["--out", str(tmp_path / "one"), "--set", "grad_accum_steps=2"]
+    assert main([path, *one_rank, *rules]) == 0
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     process = start(path, "--out", str(tmp_path / "two"), *rules, launcher=torchrun)
     shown = process.communicate(timeout=120)[0]
@@ -206,13 +210,7 @@ def test_two_processes_train_what_one_does(recipe: Recipe, tmp_path: Path) -> No
     assert len(one) == len(two) == 4
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        compared = {
-            "loss",
-            "validation_loss",
-            "gradient_norm",
-            "silent_fraction",
-            "dead",
-            "revived",
-        }
-        for key in a.keys() & compared:
+        shared = {"loss", "validation_loss", "gradient_norm", "silent_fraction", "dead", "revived"}
+        shared |= {"divergence", "feature_error"}
+        for key in a.keys() & shared:
             assert a[key] == pytest.approx(b[key], rel=1e-3), (key, a, b)

@@ -138,4 +138,15 @@ def estimate_bytes(config: TrainConfig, parameters: int, precision: str) -> int:
     tokens = config.micro_batch_size * config.data.sequence_length
     width = 2 if precision == "bf16" else 4
     kept = model.num_layers * (24 * model.width + 6 * model.ffn.hidden_dim) * width
-    return 16 * parameters + tokens * (kept + 12 * model.vocab_size)
+    logits, teacher = 12 * model.vocab_size, 0
+    if config.distill.teacher is not None:
+        # Its logits, and probabilities of both.
+        logits *= 2
+        teacher = 4 * count_parameters(_config_of(config.distill.teacher))
+    return 16 * parameters + teacher + tokens * (kept + logits)
+
+
+def _config_of(folder: str) -> ModelConfig:
+    from spikelm import checkpoint
+
+    return checkpoint.model_config_of(checkpoint.read_config(Path(folder)), folder)

@@ -191,6 +191,32 @@ def staged(model: ModelConfig, stages: Sequence[StageConfig]) -> ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """What to learn from a trained model; `spikelm_train.distill` has the formulas."""
+
+    teacher: str | None = None
+    """Model folder whose tokenizer is the run's, for example the dense twin's; null is none."""
+    weight: float = 0.5
+    """Share of the divergence from the teacher in the loss; the rest is the cross-entropy."""
+    reverse: float = 0.0
+    """Share of the reverse divergence KL(student, teacher) in it; 0 is the forward one alone."""
+    temperature: float = 1.0
+    """Both models' logits are divided by this for the divergence."""
+    features: float = 0.0
+    """Weight of the relative squared error of the residual stream in front of the norms."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "reverse"):
+            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "0 to 1")
+        _require(self.temperature > 0, "temperature", self.temperature, "a number > 0")
+        _require(self.features >= 0, "features", self.features, "a number >= 0")
+        if self.teacher is None:
+            given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+            if given:
+                raise ConfigError(f"{given[0]} needs a teacher, the folder of a trained model")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """A complete run."""
 
@@ -223,6 +249,10 @@ class TrainConfig:
     (homeostasis, Turrigiano 2008); 0 never."""
     stages: tuple[StageConfig, ...] = ()
     """Changes of the neurons in the course of the run, in the order of their `at`."""
+    quantise_at: float = 0.5
+    """Share of the run after which the weights named in `model.weights` are rounded."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """A trained model to learn from."""
     log_every: int = 10
     """Steps between progress lines."""
     eval_every: int = 250
@@ -259,6 +289,9 @@ class TrainConfig:
         _require(self.seed < 2**63, "seed", self.seed, "an integer below 2^63")
         for name in ("l1_hidden", "silence_rate"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
+        _require(0 < self.quantise_at < 1, "quantise_at", self.quantise_at, "0 < at < 1")
+        if self.distill.features > 0 and self.model.sink_embeddings:
+            raise ConfigError("distill.features needs a model without sink_embeddings")
         seconds = self.max_seconds
         ok = seconds is None or (seconds > 0 and math.isfinite(seconds))
         _require(ok, "max_seconds", seconds, "a number > 0, or null")

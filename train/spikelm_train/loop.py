@@ -21,7 +21,9 @@ from spikelm.models.spikelm import LanguageModel
 from spikelm_train import resume
 from spikelm_train.config import TrainConfig
 from spikelm_train.data import Corpus, make_sampler, prepare
+from spikelm_train.distill import Distillation
 from spikelm_train.optim import lr_factor, make_optimizer
+from spikelm_train.quantised import Rounding
 from spikelm_train.report import Reporter
 from spikelm_train.silence import Silence
 from spikelm_train.stages import Stages, close_bypasses, ramp
@@ -125,15 +127,18 @@ class Trainer:
         self.accelerator = accelerator
         self.reporter = reporter
         self.module = LanguageModel(config.model).initialise(config.seed)
-        self.model, self.optimizer = accelerator.prepare(
-            self.module, make_optimizer(self.module, config.optim)
-        )
+        optimizer = make_optimizer(self.module, config.optim)
+        self.distillation = self._distillation(optimizer)
+        self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
+        if self.distillation and self.distillation.map is not None:
+            self.distillation.map = accelerator.prepare(self.distillation.map)
         self.silence = Silence(self.module.neurons(), config.silence_rate, config.revive_after)
         self.silence.penalise = config.l1_hidden > 0
         accelerator.register_for_checkpointing(self.silence)
         self.stages = Stages(config.stages, self.module)
         if config.stages:
             accelerator.register_for_checkpointing(self.stages)
+        self.rounding = Rounding(self.module, config.quantise_at)
         rows = config.micro_batch_size * config.grad_accum_steps * accelerator.num_processes
         self.sampler = make_sampler(config, corpus, rows)
         self.tokens_per_step = rows * config.data.sequence_length
@@ -143,6 +148,19 @@ class Trainer:
         self.step = 0
         self._seconds_before = 0.0
         self._began = time.perf_counter()
+
+    def _distillation(self, optimizer: torch.optim.Optimizer) -> Distillation | None:
+        """The recipe's teacher; what is trained to compare with it comes under `optimizer`."""
+        config, accelerator = self.config, self.accelerator
+        if config.distill.teacher is None:
+            return None
+        found = Distillation(
+            config.distill, self.module, self.corpus.tokenizer, accelerator.autocast, config.seed
+        )
+        found.teacher.to(accelerator.device)
+        if found.map is not None:
+            optimizer.add_param_group({"params": found.map.parameters(), "weight_decay": 0.0})
+        return found
 
     def run(self) -> int:
         """Trains to the end of the run, or to a signal; returns the exit status."""
@@ -189,6 +207,8 @@ class Trainer:
         logged = (self.step + 1) % config.log_every == 0 or self.step == 0
         silence.clear()
         silence.measure_all = logged
+        if self.distillation:
+            self.distillation.clear()
         loss = self._accumulate(progress)
         silence.shape(self._summed(silence.edges()))
         norm = self.accelerator.clip_grad_norm_(
@@ -218,6 +238,7 @@ class Trainer:
             "dead": silence.dead(config.log_every),
             "saturated": silence.saturated(counts),
             **({"revived": silence.revived} if config.revive_after else {}),
+            **self._distilled(),
         }
 
     def _accumulate(self, progress: float) -> float:
@@ -232,17 +253,28 @@ class Trainer:
             more = part < parts - 1
             with accelerator.no_sync(self.model) if more else contextlib.nullcontext():
                 balance: list[torch.Tensor] = []
-                logits, _ = self.model(
-                    batch.inputs, reset=batch.reset, probe=self.silence, losses=balance
-                )
+                taught = self.distillation
+                with taught.watching() if taught else contextlib.nullcontext():
+                    logits, _ = self.model(
+                        batch.inputs, reset=batch.reset, probe=self.silence, losses=balance
+                    )
                 loss = cross_entropy(logits, batch.targets).mean()
-                objective = sum(balance, start=loss)
+                learned = taught.objective(loss, logits, batch) if taught else loss
+                objective = sum(balance, start=learned)
                 if self.silence.penalise:
                     weight = self.config.l1_hidden * ramp(progress, L1_RAMP)
                     objective = objective + weight * self.silence.take_l1()
                 accelerator.backward(objective / parts)
             total += loss.detach() / parts
         return float(accelerator.reduce(total, "mean"))
+
+    def _distilled(self) -> dict[str, float]:
+        """What the last step differed from the teacher."""
+        if self.distillation is None:
+            return {}
+        parts = self.config.grad_accum_steps
+        sums = self.distillation.measured()
+        return {n: float(self.accelerator.reduce(x / parts, "mean")) for n, x in sums.items()}
 
     def validate(self) -> tuple[float, float]:
         """(nats per token, bits per byte) of held-out text."""
@@ -292,6 +324,8 @@ class Trainer:
             raise CheckpointError(
                 f"{found} is damaged ({' '.join(str(error).split()):.200}); start over with --fresh"
             ) from None
+        if self.distillation:
+            self.distillation.check_same(self.out / resume.TEACHER)
         self.step, self._seconds_before = position.step, position.seconds
 
     def _agree(self, signum: int) -> tuple[float, int]:
@@ -335,6 +369,8 @@ class Trainer:
         for stage in self.stages.enter(progress):
             changes = ", ".join(f"{name} {value:g}" for name, value in stage.changes.items())
             self._say(f"stage after step {self.step}: {stage.tensor_class} {changes}")
+        if self.rounding.enter(progress):
+            self._say(f"weights are rounded after step {self.step}")
 
     def _finish(self, seconds: float) -> None:
         # A budget may end before the last stage; the model is what the recipe ends with.
@@ -357,6 +393,12 @@ class Trainer:
             f"{resolve_precision(self.config.precision)}"
             + (f"; continuing after step {self.step}" if self.step else "")
         )
+        if self.distillation and self.reporter:
+            rows = self.sampler.rows(self.step, 0, self.config.micro_batch_size)
+            batch = to_batch(rows, corpus.tokenizer.eos_id, accelerator.device)
+            self._say(self.distillation.introduction(batch))
+            if self.step == 0:
+                self.distillation.record(self.out / resume.TEACHER)
 
     def _say(self, text: str) -> None:
         if self.reporter:

@@ -3,6 +3,7 @@
 config.yaml           the resolved recipe
 data/                 tokenizer and token files
 checkpoint/           everything to continue; replaced as a whole
+teacher.json          whom a distilled run learns from
 metrics.jsonl  loss.png  tensorboard/
 config.json  model.safetensors  tokenizer.json ...   the trained model, at the end
 """
@@ -25,6 +26,7 @@ from spikelm.tokenizer import FILES as TOKENIZER_FILES
 from spikelm_train.config import TrainConfig, differences
 
 CONFIG, CHECKPOINT, POSITION = "config.yaml", "checkpoint", "position.json"
+TEACHER = "teacher.json"
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -37,6 +39,7 @@ RUN_FILES = (
     CHECKPOINT,
     f"{CHECKPOINT}.tmp",
     f"{CHECKPOINT}.old",
+    TEACHER,
     "data",
     "metrics.jsonl",
     "loss.png",

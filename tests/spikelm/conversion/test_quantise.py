@@ -11,15 +11,8 @@ from spikelm.config import NeuronConfig
 from spikelm.conversion import quantise as subject
 from spikelm.conversion.convert import coded_config
 from spikelm.conversion.quantise import BLOCK, DAMPING, Hessians, compensate, compensated
-from spikelm.models.coded import (
-    LEVELS,
-    CodedLinear,
-    choose_scale,
-    coded_copy,
-    projections,
-    quantise,
-    round_to_levels,
-)
+from spikelm.models.coded import CodedLinear, coded_copy, projections, quantise
+from spikelm.models.grid import LEVELS, choose_scale, round_to_levels
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Neuron, Spikes
 
