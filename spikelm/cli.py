@@ -24,6 +24,7 @@ from spikelm.errors import MissingExtraError, SpikelmError, did_you_mean
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("spikelm_train.cli:main", "train a model from a YAML recipe"),
+    "experiment": ("spikelm_train.experiments.cli:main", "run a study: variants, twins, seeds"),
     "import": ("spikelm.conversion.importing.cli:main", "read a checkpoint of another project"),
     "upcycle": (
         "spikelm.conversion.cli:main_upcycle",
@@ -41,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    commands = "\n".join(f"  {name:10}{about}" for name, (_, about) in COMMANDS.items())
+    commands = "\n".join(f"  {name:12}{about}" for name, (_, about) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="spikelm",
         usage="spikelm [--debug] COMMAND ...",

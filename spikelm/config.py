@@ -585,7 +585,12 @@ def _folders(kind: str) -> list[Path]:
 
 def presets() -> list[str]:
     """The names of the model presets."""
-    return sorted({p.stem for folder in _folders("models") for p in folder.glob("*.yaml")})
+    return configs("models")
+
+
+def configs(kind: str) -> list[str]:
+    """The names of the files in `configs/<kind>/`."""
+    return sorted({p.stem for folder in _folders(kind) for p in folder.glob("*.yaml")})
 
 
 def load_model_config(name: str) -> ModelConfig:
@@ -660,6 +665,12 @@ def _convert(hint: Any, value: object, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path}: expected a list, got {value!r}")
         return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected keys and values, got {value!r}")
+        return {str(k): _convert(arguments[1], item, f"{path}.{k}") for k, item in value.items()}
+    if hint is Any:
+        return value
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         # YAML 1.1 reads 3e-4 (no dot) as text.
         try:

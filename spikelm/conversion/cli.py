@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spikelm.config import ExpertsConfig
 from spikelm.corpus import builtin_documents, read_documents
 from spikelm.errors import CheckpointError, ConfigError, DataError
 from spikelm.folders import check_out
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spikelm.tokenizer import Tokenizer
 
 WINDOW_TOKENS = 512
 
@@ -77,8 +84,6 @@ def main(argv: list[str]) -> int:
             f"allowed: {WINDOW_TOKENS} or more"
         )
 
-    import torch
-
     from spikelm.conversion.convert import convert
     from spikelm.tokenizer import Tokenizer
 
@@ -87,17 +92,7 @@ def main(argv: list[str]) -> int:
     tokenizer = Tokenizer.load(source)
     # Thresholds are fitted to training text, never to what is evaluated.
     documents = read_documents(arguments.data) if arguments.data else builtin_documents("train")
-    ids: list[int] = []
-    for document in documents:
-        ids += [tokenizer.bos_id, *tokenizer.encode(document)]
-        if len(ids) >= arguments.calibration_tokens:
-            break
-    if len(ids) < WINDOW_TOKENS:
-        raise DataError(
-            f"the calibration text has {len(ids)} tokens; at least {WINDOW_TOKENS} are needed"
-        )
-    rows = min(len(ids), arguments.calibration_tokens) // WINDOW_TOKENS
-    windows = torch.tensor(ids[: rows * WINDOW_TOKENS]).view(rows, WINDOW_TOKENS)
+    windows = calibration_windows(tokenizer, documents, arguments.calibration_tokens)
     manifest = convert(
         source,
         out,
@@ -110,6 +105,26 @@ def main(argv: list[str]) -> int:
     )
     _report(manifest, out)
     return 0
+
+
+def calibration_windows(tokenizer: Tokenizer, documents: Iterable[str], tokens: int) -> Tensor:
+    """The first `tokens` of `documents`, at most, as windows [B, T].
+
+    Raises: DataError for a text shorter than a window.
+    """
+    import torch
+
+    ids: list[int] = []
+    for document in documents:
+        ids += [tokenizer.bos_id, *tokenizer.encode(document)]
+        if len(ids) >= tokens:
+            break
+    if len(ids) < WINDOW_TOKENS:
+        raise DataError(
+            f"the calibration text has {len(ids)} tokens; at least {WINDOW_TOKENS} are needed"
+        )
+    rows = min(len(ids), tokens) // WINDOW_TOKENS
+    return torch.tensor(ids[: rows * WINDOW_TOKENS]).view(rows, WINDOW_TOKENS)
 
 
 def build_upcycle_parser() -> argparse.ArgumentParser:

@@ -215,3 +215,19 @@ def test_yaml_is_written_in_the_order_of_the_fields(tmp_path: Path) -> None:
     save_yaml(ModelConfig(), tmp_path / "model.yaml")
     written = list(yaml.safe_load((tmp_path / "model.yaml").read_text()))
     assert written == [f.name for f in dataclasses.fields(ModelConfig)]
+
+
+def test_a_field_may_map_names_to_values() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Named:
+        numbers: dict[str, float]
+        anything: dict[str, Any]
+
+    hints = {"numbers": dict[str, float], "anything": dict[str, Any]}
+    Named.__annotations__ = hints
+    made = config.from_dict(Named, {"numbers": {"a": 1, 2: "1e-3"}, "anything": {"b": [None]}})
+    assert made == Named({"a": 1.0, "2": 1e-3}, {"b": [None]})
+    with pytest.raises(ConfigError, match=r"numbers\.a: expected float, got 'x'"):
+        config.from_dict(Named, {"numbers": {"a": "x"}, "anything": {}})
+    with pytest.raises(ConfigError, match=r"numbers: expected keys and values, got \[1\]"):
+        config.from_dict(Named, {"numbers": [1], "anything": {}})

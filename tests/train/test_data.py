@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from collections.abc import Callable
@@ -188,3 +189,31 @@ def test_make_sampler_follows_the_recipe(recipe: Callable[..., Path], tmp_path: 
         sampler = make_sampler(config, prepare(config, tmp_path / "data"), rows_per_step=4)
         assert isinstance(sampler, kind)
         assert sampler.rows(0, 0, 4).shape == (4, 33)
+
+
+def test_validation_text_of_its_own(tmp_path: Path) -> None:
+    train, held = tmp_path / "train.jsonl", tmp_path / "held.jsonl"
+    texts = [f"document {i} of the training text" for i in range(5)]
+    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    held.write_text(json.dumps({"text": "something else"}) + "\n")
+    config = DataConfig(sources=(str(train),), validation_sources=(str(held),), max_documents=4)
+    assert documents(config) == (texts[:4], ["something else"])
+    builtin, validation = documents(dataclasses.replace(config, sources=()))
+    assert len(builtin) > 100
+    assert validation == ["something else"]
+
+    # White space does not hide a document.
+    with held.open("a") as file:
+        file.write(json.dumps({"text": f" {texts[2]}\n".replace(" ", "  ")}) + "\n")
+    with pytest.raises(DataError, match="1 validation document.* 'document 2 of the"):
+        documents(config)
+
+
+def test_the_hash_of_tokenised_text(tmp_path: Path, recipe: Callable[..., Path]) -> None:
+    config = load_recipe(str(recipe()))
+    prepare(config, tmp_path / "data")
+    meta = json.loads((tmp_path / "data" / META).read_text())
+    digest = hashlib.sha256()
+    for text in documents(config.data)[1]:
+        digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
+    assert meta["validation"]["sha256"] == digest.hexdigest() != meta["train"]["sha256"]

@@ -42,6 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
         "names, instead of the recipe's sources",
     )
     parser.add_argument(
+        "--corpus",
+        type=Path,
+        metavar="DIR",
+        help="folder of the tokenised text, for runs that share it (OUT/data)",
+    )
+    parser.add_argument(
         "--fresh", action="store_true", help="delete an earlier run in DIR and start over"
     )
     parser.add_argument(
@@ -63,7 +69,13 @@ def main(argv: list[str]) -> int:
         return 0
     from spikelm_train.loop import train
 
-    return train(config, arguments.out, fresh=arguments.fresh, stream=sys.stdout)
+    return train(
+        config,
+        arguments.out,
+        fresh=arguments.fresh,
+        stream=sys.stdout,
+        corpus_folder=arguments.corpus,
+    )
 
 
 def describe(config: TrainConfig) -> str:
@@ -74,10 +86,10 @@ def describe(config: TrainConfig) -> str:
     from spikelm_train.loop import resolve_precision
     from spikelm_train.optim import lr_factor
 
-    if config.data.sources:
+    for sources in filter(None, (config.data.sources, config.data.validation_sources)):
         from spikelm.corpus import read_documents
 
-        next(read_documents(config.data.sources, text_key=config.data.text_key))
+        next(read_documents(sources, text_key=config.data.text_key))
     parameters = count_parameters(config.model)
     precision = resolve_precision(config.precision)
     micro_tokens = config.micro_batch_size * config.data.sequence_length

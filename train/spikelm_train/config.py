@@ -60,6 +60,8 @@ class DataConfig:
     """Stop reading `sources` after this much text in bytes; null reads all."""
     validation_fraction: float = 0.02
     """Part of the text of `sources` held out (the built-in corpus has its own division)."""
+    validation_sources: tuple[str, ...] = ()
+    """Held-out text of its own, like `sources`; all of those are then trained on."""
     sampling: Literal["random_window", "packed"] = "random_window"
     """random_window: windows anywhere; packed: every document once per epoch, back to back."""
     sequence_length: int = 256

@@ -196,10 +196,32 @@ def documents(config: DataConfig) -> tuple[list[str], list[str]]:
 
     Raises: DataError for sources that are missing, unreadable or without enough text.
     """
-    if not config.sources:
+    own = config.validation_sources
+    if not config.sources and not own:
         return builtin_documents("train"), builtin_documents("validation")
-    found = read_documents(config.sources, text_key=config.text_key)
-    return split_documents(_limited(found, config), config.validation_fraction)
+    found: Iterable[str] = builtin_documents("train")
+    if config.sources:
+        found = _limited(read_documents(config.sources, text_key=config.text_key), config)
+    if not own:
+        return split_documents(found, config.validation_fraction)
+    train, validation = list(found), list(read_documents(own, text_key=config.text_key))
+    check_disjoint(train, validation, "validation")
+    return train, validation
+
+
+def check_disjoint(train: Iterable[str], held_out: Iterable[str], name: str) -> None:
+    """Raises: DataError if a held-out document is a training document, white space aside."""
+    seen = {_document_hash(text) for text in train}
+    leaked = [text for text in held_out if _document_hash(text) in seen]
+    if leaked:
+        raise DataError(
+            f"{len(leaked)} {name} document(s) are training documents too, the first one "
+            f"{' '.join(leaked[0].split())[:60]!r}; take them out of one of the two"
+        )
+
+
+def _document_hash(text: str) -> bytes:
+    return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).digest()
 
 
 def _limited(found: Iterable[str], config: DataConfig) -> Iterator[str]:
@@ -228,17 +250,21 @@ def _train_tokenizer(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
 def _write(path: Path, texts: list[str], tokenizer: Tokenizer) -> dict[str, Any]:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     total = num_bytes = 0
+    digest = hashlib.sha256()
     with path.open("wb") as file:
         for text in texts:
             ids = np.array([tokenizer.eos_id, *tokenizer.encode(text)], dtype)
             ids.tofile(file)
             total += len(ids)
-            num_bytes += len(text.encode("utf-8", "surrogatepass"))
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little") + data)
+            num_bytes += len(data)
     return {
         "dtype": dtype.str,
         "tokens": total,
         "bytes": num_bytes,
         "documents": len(texts),
+        "sha256": digest.hexdigest(),
     }
 
 

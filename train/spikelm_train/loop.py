@@ -71,8 +71,17 @@ def make_accelerator(config: TrainConfig) -> Any:
     return accelerator
 
 
-def train(config: TrainConfig, out: Path, *, fresh: bool, stream: TextIO) -> int:
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    fresh: bool,
+    stream: TextIO,
+    corpus_folder: Path | None = None,
+) -> int:
     """Runs or continues a recipe in the folder `out`; returns the exit status.
+
+    The tokenised text is in `corpus_folder`, which runs may share, or in `out`/data.
 
     0 when the trained model is in `out`; 130 or 143 when SIGINT or SIGTERM ended the run after a
     checkpoint.
@@ -94,7 +103,7 @@ def train(config: TrainConfig, out: Path, *, fresh: bool, stream: TextIO) -> int
             return 0
         begins = is_main and position is None
         with resume.discarding(out, begins):
-            corpus = prepare(config, out / "data")
+            corpus = prepare(config, corpus_folder or out / "data")
     reporter = Reporter(out, stream, position.step if position else 0) if is_main else None
     try:
         with resume.discarding(out, begins):
