@@ -1,0 +1,1 @@
+"""The recall study: how many pairs small models of every mixer remember, and in which state."""
