@@ -169,9 +169,10 @@ def test_resume_is_exact(make: Make, teach: Teach, wider: bool) -> None:
 
 
 def test_accumulation_equals_a_large_batch(make: Make, teach: Teach) -> None:
-    distill = f"distill={{teacher: {teach()}, weight: 0.7}}"
-    large = make(distill, "micro_batch_size=8")
-    small = make(distill, "micro_batch_size=2", "grad_accum_steps=4")
+    # Without spikes: a count on an edge would turn rounding into more.
+    settings = f"distill={{teacher: {teach()}, weight: 0.7}}", "model.neurons={}"
+    large = make(*settings, "micro_batch_size=8")
+    small = make(*settings, "micro_batch_size=2", "grad_accum_steps=4")
     for name in ("loss", "divergence"):
         np.testing.assert_allclose(losses(large, 2, name), losses(small, 2, name), rtol=1e-4)
 

@@ -16,9 +16,8 @@ from spikelm.errors import ConfigError
 from spikelm.models.spikelm import LanguageModel
 from spikelm_train.recall import study
 from spikelm_train.recall.cli import build_parser, grid
-from spikelm_train.recall.study import MIXERS, Bypass, Rows, Run, model_config, perform
+from spikelm_train.recall.study import MIXERS, Rows, Run, model_config, perform
 from spikelm_train.recall.task import POWER, Size, draw, size_at
-from spikelm_train.silence import Silence
 
 TINY = Run(
     key_dim=8,
@@ -121,31 +120,6 @@ def test_the_members_of_delta_differ() -> None:
 
 def spiking_model() -> LanguageModel:
     return LanguageModel(model_config(dataclasses.replace(TINY, spiking=0.25))).initialise(0)
-
-
-def test_an_open_bypass_lets_floats_through_and_counts_spikes() -> None:
-    model = spiking_model()
-    silence, bypass = Silence(model.neurons(), 0.2), Bypass(model)
-    neuron = model.layers[0].mixer.queries  # type: ignore[union-attr]
-    x = torch.randn(2, 5, 2, 8, requires_grad=True)
-
-    def values(share: float) -> torch.Tensor:
-        bypass.share = share
-        spikes = neuron(x, {}, None, silence)[0]
-        assert ((spikes.counts == 0) == (spiking == 0)).all()
-        return spikes.values
-
-    bypass.share = 1.0
-    spiking = neuron(x, {})[0].values
-    assert (spiking == 0).float().mean() > 0.5
-    assert torch.equal(values(0.0), x)
-    torch.testing.assert_close(values(0.25), 0.25 * spiking + 0.75 * x)
-    assert torch.equal(values(1.0), spiking)
-    (slope,) = torch.autograd.grad(values(0.5).sum(), x)
-    assert torch.equal(slope, torch.ones_like(x))
-    assert silence.counts()[0].item() == 4 * (spiking == 0).sum()
-    model.eval()
-    assert torch.equal(values(0.0), spiking)
 
 
 def test_rows_are_those_of_either() -> None:

@@ -42,6 +42,7 @@ from spikelm_train.config import OptimConfig
 from spikelm_train.optim import lr_factor, make_optimizer
 from spikelm_train.recall.task import Batch, Size, draw, size_at
 from spikelm_train.silence import Silence
+from spikelm_train.stages import close_bypasses
 
 HEADS = 2
 SILENCE_RATE = 0.2
@@ -172,7 +173,11 @@ def model_config(run: Run) -> ModelConfig:
         # Where normally distributed entries would be as silent as wanted: in units of mean |x|.
         edge = statistics.NormalDist().inv_cdf((1 + silent) / 2) / math.sqrt(2 / math.pi)
         queries_keys = NeuronConfig(
-            kind="integer", dead_zone=edge, target_silence=silent, max_count=127
+            kind="integer",
+            dead_zone=edge,
+            target_silence=silent,
+            max_count=127,
+            bypass=run.bypass,
         )
     return ModelConfig(
         vocab_size=run.vocab_size,
@@ -198,26 +203,6 @@ def model_config(run: Run) -> ModelConfig:
         ),
         ffn=FFNConfig(kind="reglu", hidden_dim=1),
     )
-
-
-class Bypass:
-    """While a model trains, its queries and keys are share * spikes + (1 - share) * x.
-
-    The share rises from 0 to 1; the neurons' own counts, which steer their dead zones, are those of
-    the spikes throughout.
-    """
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.share = 1.0
-        for neuron in model.neurons():
-            if neuron.tensor_class == "queries_keys" and neuron.config.kind != "off":
-                neuron.register_forward_hook(self._mix)
-
-    def _mix(self, neuron: Neuron, inputs: tuple[Tensor, ...], output: Any) -> Any:
-        if not neuron.training or self.share == 1:
-            return output
-        spikes, kept = output
-        return spikes._replace(values=torch.lerp(inputs[0], spikes.values, self.share)), kept
 
 
 @dataclass
@@ -295,14 +280,13 @@ def train(model: LanguageModel, run: Run) -> list[dict[str, float]]:
     generator = torch.Generator().manual_seed(run.seed)
     optimizer = make_optimizer(model.train(), optim)
     silence = Silence(model.neurons(), SILENCE_RATE)
-    bypass = Bypass(model)
     trace: list[dict[str, float]] = []
     recent: list[tuple[float, float]] = []
     for step in range(run.steps):
         progress = (step + 0.5) / run.steps
         for group in optimizer.param_groups:
             group["lr"] = optim.lr * lr_factor(optim, progress)
-        bypass.share = min(1.0, progress / run.bypass) if run.bypass else 1.0
+        close_bypasses(silence.neurons, progress)
         size = size_at(run.sizes, progress, generator)
         batch = draw(size, run.batch_size, run.vocab_size, generator, run.overwritten)
         silence.clear()
