@@ -352,8 +352,8 @@ CLONES void estimate(const Op& op, Row& row, std::int64_t first, std::int64_t la
     }
 }
 
-// Lists the outputs that may be within the row's reach of the largest. size: n, list of the spikes,
-// their number; at: estimates; data: scale. A lower half is 0..15, so the error of an estimate has the variance
+// Lists the outputs that may be within the row's reach of the largest, or that may be positive. size:
+// n, list of the spikes, their number, whether the positive are wanted; at: estimates; data: scale. A lower half is 0..15, so the error of an estimate has the variance
 // sum count^2 (16^2 - 1) / 12 if halves are as good as random, and is at most 7.5 sum |count|.
 CLONES void shortlist(const Op& op, Row& row) {
     constexpr float DEVIATIONS = 6;
@@ -376,7 +376,8 @@ CLONES void shortlist(const Op& op, Row& row) {
             best[l] = least(i + l) > best[l] ? least(i + l) : best[l];
     for (std::int64_t i = whole; i < n; i++)
         best[0] = std::max(best[0], least(i));
-    const float floor = *std::max_element(best, best + LANES) - row.within;
+    const float floor =
+        op.size[3] ? 0.0f : *std::max_element(best, best + LANES) - row.within;
     Events& wanted = row.lists[op.list];
     wanted.fired = 0;
     const auto list = [&](std::int64_t i) {

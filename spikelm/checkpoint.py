@@ -183,7 +183,7 @@ def use_coding(model: LanguageModel, config: dict[str, Any], where: Path | str) 
     names = {projection.neuron.name for projection in coded.projections(model)}
     given = coding if isinstance(coding, dict) else {}
     bits, group_size = given.get("bits"), given.get("group_size")
-    gated, allowed = given.get("gated", []), [*coded.gated_projections(model)]
+    by_output = given.get("by_output", [])
     if isinstance(bits, int):
         bits = dict.fromkeys(names, bits)
     if not (
@@ -192,18 +192,24 @@ def use_coding(model: LanguageModel, config: dict[str, Any], where: Path | str) 
         and all(type(own) is int and own in LEVELS for own in bits.values())
         and type(group_size) is int
         and group_size >= 1
-        and isinstance(gated, list)
-        and all(name in allowed for name in gated)
+        and isinstance(by_output, list)
+        and all(isinstance(name, str) and name in names for name in by_output)
     ):
         shown = repr(coding)
         raise CheckpointError(
             f"{where}: config.json: spike_coding is "
             f"{shown if len(shown) < 100 else shown[:100] + ' ...'}; allowed: bits 4 or 8, once "
-            "or for every projection by its name, group_size 1 or more, and gated a list of ReGLU "
-            "projections"
+            "or for every projection by its name, group_size 1 or more, and by_output a list of "
+            "projections in front of a ReLU"
         )
     coded.use_coded_linears(model, group_size, bits)
-    coded.use_gates(model, gated)
+    allowed = coded.relu_projections(model)
+    if not all(name in allowed for name in by_output):
+        raise CheckpointError(
+            f"{where}: config.json: spike_coding: by_output names {by_output}; allowed: 8-bit or "
+            f"gated projections in front of a ReLU, {', '.join(allowed) or 'of which it has none'}"
+        )
+    coded.read_by_output(model, by_output)
     return True
 
 

@@ -28,15 +28,20 @@ from spikelm.kernels.event import MAX_COUNT
 from spikelm.models.coded import (
     coded_copy,
     coding,
-    gated_projections,
     projections,
+    read_by_output,
+    relu_projections,
     trained_grid,
-    use_gates,
 )
 from spikelm.models.grid import RoundedLinear, resolve_bits
 from spikelm.models.spikelm import LanguageModel
 
 FORMAT = "spikelm-spikes-1"
+
+# Small matrices stay in a cache, where finding what to skip takes longer than reading it; rows of
+# outputs here and there come at half the rate or so of rows of inputs.
+BY_OUTPUT_WEIGHTS = 2**20
+BY_OUTPUT_SHARE = 0.5
 
 Rounding = Literal["nearest", "compensated"]
 
@@ -109,7 +114,7 @@ def convert(
     with torch.inference_mode():
         for window in windows.split(1):
             model(window, probe=meter)
-    use_gates(model, _mostly_closed(model, meter.tallies))
+    read_by_output(model, _mostly_negative(model, meter.tallies))
     manifest = {
         "format": FORMAT,
         "source": {"name": loaded.name, "fingerprint": loaded.fingerprint},
@@ -127,15 +132,18 @@ def convert(
     return manifest
 
 
-def _mostly_closed(model: LanguageModel, tallies: Mapping[str, Tally]) -> list[str]:
-    """The gated projections behind whose gates less is read by output than by input: their gates
-    are open less often than their inputs fire.
+def _mostly_negative(model: LanguageModel, tallies: Mapping[str, Tally]) -> list[str]:
+    """The large projections of which less time goes into reading by output than by input: what a
+    ReLU makes of them is positive far less often than their inputs fire.
     """
-    return [
-        name
-        for name, behind in gated_projections(model).items()
-        if 1 - tallies[behind.neuron.name].zero_input_fraction < 1 - tallies[name].silent_fraction
-    ]
+    found = []
+    for name, (_, behind) in relu_projections(model).items():
+        weights = tallies[name].neuron.channels * behind.neuron.channels
+        positive = 1 - tallies[behind.neuron.name].zero_input_fraction
+        fired = 1 - tallies[name].silent_fraction
+        if weights >= BY_OUTPUT_WEIGHTS and positive < BY_OUTPUT_SHARE * fired:
+            found.append(name)
+    return found
 
 
 def coded_config(config: ModelConfig) -> ModelConfig:

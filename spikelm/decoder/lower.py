@@ -260,12 +260,19 @@ class _Lowering:
             gate = self._spike(ffn.receptance, self.normed, shift=(shift, share))
         program.barrier()
         hidden = program.vector(_outputs(ffn.input))
-        self._matvec(ffn.input, spikes, hidden)
         logits = program.vector(self.width)
         if ffn.receptance is not None and gate is not None:
             self._matvec(ffn.receptance, gate, logits)
         program.emit(Code.KEEP, "shift", size=[self.width], at=[self.normed], state=[shift])
-        program.barrier()
+        linear = ffn.input.linear
+        assert isinstance(linear, CodedLinear)
+        if isinstance(linear.table, Halves):
+            # What the neuron makes of a negative number is 0, whatever the number.
+            upper = self._estimate(ffn.input, linear.table, spikes, hidden)
+            self._exact(ffn.input, linear.table, spikes, hidden, upper, positive=True)
+        else:
+            self._matvec(ffn.input, spikes, hidden)
+            program.barrier()
         gated = None if ffn.receptance is None else logits
         self._add(ffn.output, hidden, activation="squared_relu", gate=gated)
 
@@ -311,30 +318,59 @@ class _Lowering:
 
     def _head(self, projection: Projection, spikes: int, logits: int) -> None:
         """The logits: if weights are in halves, estimates of all and exact ones of the largest."""
-        program, linear = self.program, projection.linear
-        assert isinstance(linear, CodedLinear)
-        table = linear.table
+        assert isinstance(projection.linear, CodedLinear)
+        table = projection.linear.table
         if not isinstance(table, Halves):
             self._matvec(projection, spikes, logits)
             return
-        name, outputs = projection.neuron.name, linear.out_features
+        upper = self._estimate(projection, table, spikes, logits)
+        self._exact(projection, table, spikes, logits, upper, positive=False)
+
+    def _estimate(self, projection: Projection, table: Halves, spikes: int, y: int) -> int:
+        """What the upper halves say of every output, in y; the vector of their integers."""
+        upper = self.program.vector(table.out_features)
+        self.program.emit(
+            Code.ESTIMATE,
+            projection.neuron.name,
+            at=[y, upper],
+            data=[table.upper.handle, *_scale_and_bias(projection)],
+            spikes=spikes,
+        )
+        self.program.barrier()
+        return upper
+
+    def _exact(
+        self,
+        projection: Projection,
+        table: Halves,
+        spikes: int,
+        y: int,
+        upper: int,
+        *,
+        positive: bool,
+    ) -> None:
+        """Makes exact what may be `positive`, or the largest outputs (`SHORTLIST`)."""
+        program, outputs = self.program, table.out_features
         scale, bias = _scale_and_bias(projection)
-        upper, wanted = program.vector(outputs), program.list(outputs, counted=False)
-        for code, size, handle in (
-            (Code.ESTIMATE, [], table.upper.handle),
-            (Code.SHORTLIST, [outputs, spikes, linear.in_features], None),
-            (Code.OUTPUTS, [wanted, True], table.lower.handle),
-        ):
-            listing = code is Code.SHORTLIST
-            program.emit(
-                code,
-                name,
-                size=size,
-                at=[logits, upper],
-                data=[scale] if listing else [handle, scale, bias],
-                spikes=wanted if listing else spikes,
-            )
-            program.barrier()
+        wanted = program.list(outputs, counted=False)
+        program.emit(
+            Code.SHORTLIST,
+            projection.neuron.name,
+            size=[outputs, spikes, table.in_features, positive],
+            at=[y],
+            data=[scale],
+            spikes=wanted,
+        )
+        program.barrier()
+        program.emit(
+            Code.OUTPUTS,
+            projection.neuron.name,
+            size=[wanted, True],
+            at=[y, upper],
+            data=[table.lower.handle, scale, bias],
+            spikes=spikes,
+        )
+        program.barrier()
 
     def _experts(self, ffn: ExpertsFFN) -> None:
         """All experts are listed; those that the router does not choose are passed over."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from spikelm.coding.meter import Tally
 from spikelm.kernels import event
-from spikelm.kernels.outputs import Gated
-from spikelm.models.coded import CodedLinear, gated_projections, projections
+from spikelm.kernels.outputs import Gated, Halves
+from spikelm.models.coded import CodedLinear, projections, relu_projections
 from spikelm.models.ffn import ExpertsFFN
 from spikelm.models.layers import Linear, Projection
 from spikelm.models.spikelm import LanguageModel
@@ -52,9 +52,8 @@ class Traffic:
     """By the name of the neuron population in front."""
     other_bytes: float
     """Everything that silence does not change."""
-    gated: Mapping[str, str] = field(default_factory=dict)
-    """Of matrices whose second half is read by output, the population that gets what their gates
-    let through."""
+    by_output: Mapping[str, str] = field(default_factory=dict)
+    """Of matrices of which half is read by output, the population that gets what a ReLU leaves."""
 
     @property
     def num_bytes(self) -> float:
@@ -63,10 +62,10 @@ class Traffic:
 
     def silence(self, tallies: Mapping[str, Tally]) -> dict[str, float]:
         """Share of each matrix's bytes that need not be read, as far as it was measured: that of
-        silent neurons, and half of it that of closed gates where it is read so.
+        silent neurons, and half of it that of outputs that a ReLU makes 0 where it is read so.
         """
         found = {name: tally.silent_fraction for name, tally in tallies.items()}
-        for name, behind in self.gated.items():
+        for name, behind in self.by_output.items():
             if behind in tallies:
                 found[name] = (found[name] + tallies[behind].zero_input_fraction) / 2
         return found
@@ -109,8 +108,8 @@ def weight_traffic(model: LanguageModel) -> Traffic:
     tables = {p.neuron.name: getattr(p.linear, "table", None) for p in populations}
     by_gates = {
         name: behind.neuron.name
-        for name, behind in gated_projections(model).items()
-        if isinstance(tables[name], Gated)
+        for name, (_, behind) in relu_projections(model).items()
+        if isinstance(tables[name], Gated | Halves)
     }
     return Traffic(
         {p.neuron.name: _matrix(p, routed.get(id(p), 1.0)) for p in populations},

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from spikelm.config import ModelConfig
 from spikelm.kernels import event
-from spikelm.models.ffn import GatedFFN
+from spikelm.models.ffn import ChannelMix, GatedFFN
 from spikelm.models.grid import RoundedLinear, choose_scale, round_to_levels
 from spikelm.models.layers import Linear, Projection
 from spikelm.models.spikelm import LanguageModel, Layer
@@ -178,41 +178,50 @@ def coded_copy(
 
 def coding(model: LanguageModel) -> dict[str, Any]:
     """How a spike-coded model's weights are stored, as JSON types: `group_size`, `bits` as in
-    `use_coded_linears`, and where there are any, the `gated` projections (`use_gates`).
+    `use_coded_linears`, and where there are any, the projections `by_output` (`read_by_output`).
     """
     linears = {
         p.neuron.name: p.linear for p in projections(model) if isinstance(p.linear, CodedLinear)
     }
     bits = {name: linear.bits for name, linear in linears.items()}
     alike = len(set(bits.values())) == 1
-    gated = [name for name, linear in linears.items() if linear.layout == "gated"]
+    read = relu_projections(model)
+    by_output = [name for name in read if linears[name].layout != "rows"]
     return {
         "bits": next(iter(bits.values())) if alike else bits,
         "group_size": next(iter(linears.values())).group_size,
-        **({"gated": gated} if gated else {}),
+        **({"by_output": by_output} if by_output else {}),
     }
 
 
-def gated_projections(model: LanguageModel) -> dict[str, Projection]:
-    """By its name, each projection whose first half is ReLU gates of the second; and the population
-    that gets their product.
+def relu_projections(model: LanguageModel) -> dict[str, tuple[event.Layout, Projection]]:
+    """By its name, each projection of which a ReLU decides what counts: how it is laid out if it is
+    read by output, and the projection that gets the result.
     """
-    found = {}
+    found: dict[str, tuple[event.Layout, Projection]] = {}
     for layer in model.layers:
         assert isinstance(layer, Layer)
-        if isinstance(layer.ffn, GatedFFN) and layer.ffn.kind == "reglu":
-            found[layer.ffn.input.neuron.name] = layer.ffn.output
+        ffn = layer.ffn
+        if isinstance(ffn, GatedFFN) and ffn.kind == "reglu":
+            found[ffn.input.neuron.name] = "gated", ffn.output
+        elif isinstance(ffn, ChannelMix) and _bits(ffn.input) == 8:
+            found[ffn.input.neuron.name] = "halves", ffn.output
     return found
 
 
-def use_gates(model: LanguageModel, names: Collection[str]) -> None:
-    """Native code reads the second half of these projections (of `gated_projections`) by output:
-    only what stands behind open gates.
+def _bits(projection: Projection) -> int | None:
+    return projection.linear.bits if isinstance(projection.linear, CodedLinear) else None
+
+
+def read_by_output(model: LanguageModel, names: Collection[str]) -> None:
+    """Native code reads of these projections (of `relu_projections`) what a ReLU leaves: behind
+    gates that are open, or the lower halves where the upper ones do not say it is negative.
     """
+    layouts = relu_projections(model)
     for projection in projections(model):
         linear = projection.linear
         if isinstance(linear, CodedLinear) and projection.neuron.name in names:
-            linear.layout = "gated"
+            linear.layout, _ = layouts[projection.neuron.name]
 
 
 def use_two_stages(model: LanguageModel) -> None:

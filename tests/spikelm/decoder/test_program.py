@@ -68,7 +68,7 @@ def test_threads_do_not_change_a_bit(engine: Engine) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("by_output", [False, True])
+@pytest.mark.parametrize("by_output", ["", "reglu", "channel_mix"])
 @pytest.mark.parametrize(
     "mixers", [("rwkv7", "delta"), ("gla", "wkv4"), ("window", "full")], ids="-".join
 )
@@ -76,16 +76,16 @@ def test_a_prompt_leaves_what_its_tokens_one_by_one_leave(
     tiny_config: Callable[..., ModelConfig],
     tmp_path: Path,
     mixers: tuple[str, ...],
-    by_output: bool,
+    by_output: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if by_output:
         monkeypatch.setattr("spikelm.models.coded.TWO_STAGE_OUTPUTS", 1)
-        monkeypatch.setattr("spikelm.conversion.convert._mostly_closed", lambda model, _: GATED)
+        monkeypatch.setattr("spikelm.conversion.convert._mostly_negative", lambda model, _: GATED)
     model = LanguageModel(
         tiny_config(
             mixers=mixers,
-            ffn=FFNConfig(kind="reglu" if by_output else "channel_mix", hidden_dim=64),
+            ffn=FFNConfig(kind=by_output or "channel_mix", hidden_dim=64),  # type: ignore[arg-type]
             rwkv7=RWKV7Config(head_dim=16, decay_rank=4, rate_rank=4, value_rank=4, gate_rank=4),
             gla=GLAConfig(num_heads=2, num_kv_heads=1, key_dim=8, value_dim=12),
         )
@@ -272,21 +272,28 @@ def test_the_largest_logits_of_a_head_in_two_stages_are_exact(
     assert whole.shape[0] <= exact[0] < exact[1] < whole.numel() / 2
 
 
-def test_a_closed_gate_reads_no_weights(
-    tiny_config: Callable[..., ModelConfig], tmp_path: Path
+@pytest.mark.parametrize("kind", ["reglu", "channel_mix"])
+def test_what_a_relu_drops_is_not_read(
+    tiny_config: Callable[..., ModelConfig],
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same bits as by input, from fewer bytes."""
-    fields = {"ffn": FFNConfig(kind="reglu", hidden_dim=128), "width": 64}
+    monkeypatch.setattr("spikelm.conversion.convert.BY_OUTPUT_WEIGHTS", 1)
+    monkeypatch.setattr("spikelm.conversion.convert.BY_OUTPUT_SHARE", 0.7)
+    ffn = FFNConfig(kind=kind, hidden_dim=128)  # type: ignore[arg-type]
+    fields = {"ffn": ffn, "width": 128}
     dense, quiet = NeuronConfig(), NeuronConfig(kind="integer", dead_zone=3.0, max_count=127)
     for neuron, gated in ((dense, True), (quiet, False)):
         neurons = NeuronsConfig(ffn_input=neuron)
         model = LanguageModel(tiny_config(**fields, neurons=neurons)).initialise(0)
         folder = coded(model, tmp_path / str(gated))
         config = json.loads((folder / "config.json").read_text())
-        assert config["spike_coding"].get("gated", []) == (GATED if gated else [])
+        assert config["spike_coding"].get("by_output", []) == (GATED if gated else [])
         found, read = [], []
         for listed in ([], GATED):
-            config["spike_coding"]["gated"] = listed
+            config["spike_coding"]["by_output"] = listed
             (folder / "config.json").write_text(json.dumps(config))
             engine = Engine(checkpoint.load(folder, backend="native"))
             assert engine.program is not None
@@ -299,14 +306,14 @@ def test_a_closed_gate_reads_no_weights(
         torch.testing.assert_close(walk(fallback), found[0], rtol=1e-3, atol=1e-3)
 
 
-def test_gates_are_those_of_the_model(coded_folder: Path, tmp_path: Path) -> None:
+def test_what_is_read_by_output_stands_before_a_relu(coded_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(coded_folder, tmp_path / "coded")
     file = tmp_path / "coded" / "config.json"
     config = json.loads(file.read_text())
-    for given in (["layers.0.ffn.input"], "all", [["layers.0.ffn.input"]]):
-        config["spike_coding"]["gated"] = given
+    for given in (["layers.0.ffn.output"], "all", [["layers.0.ffn.input"]]):
+        config["spike_coding"]["by_output"] = given
         file.write_text(json.dumps(config))
-        with pytest.raises(CheckpointError, match="gated a list of ReGLU projections"):
+        with pytest.raises(CheckpointError, match=r"projections? in front of a ReLU"):
             checkpoint.load(tmp_path / "coded")
 
 
@@ -323,7 +330,7 @@ def test_counted_bytes_are_those_of_the_spikes(
     config = tiny_config(ffn=ffn, width=64, neurons=NeuronsConfig(**fields))
     folder = coded(LanguageModel(config).initialise(0), tmp_path)
     config_json = json.loads((folder / "config.json").read_text())
-    config_json["spike_coding"]["gated"] = ["layers.0.ffn.input"]
+    config_json["spike_coding"]["by_output"] = ["layers.0.ffn.input"]
     (folder / "config.json").write_text(json.dumps(config_json))
     engine = Engine(checkpoint.load(folder, backend="native"))
     assert engine.program is not None
