@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from spikelm.eval.budget import Budget
 
 DATA_HELP = "text files, globs or datasets to measure on instead of the built-in corpus"
+MODEL_HELP = "model folder, float or spike-coded"
+SHAPE_HELP = "name, YAML file or model folder, whose shape is taken"
 BACKEND_HELP = "event-driven implementation of spike-coded models (%(default)s)"
 # More text than this per token wanted need not be read.
 BYTES_PER_TOKEN = 64
@@ -27,7 +29,7 @@ def build_eval_parser() -> argparse.ArgumentParser:
         description="Bits per byte, perplexity and silence of models on held-out text, beside "
         "what xz needs for it. A model is a folder, or LABEL=FOLDER to name its column.",
     )
-    parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--twin",
         metavar="MODEL",
@@ -131,80 +133,85 @@ def main_eval(argv: list[str]) -> int:
 def build_bench_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="spikelm bench", description="Time and memory.")
     commands = parser.add_subparsers(
-        dest="command",
-        required=True,
-        metavar="{length,memory,decode,prefill,kernel,head,state,block,steps}",
+        dest="command", required=True, metavar="{" + ",".join(BENCHES) + "}"
     )
-    about = (
-        "time to first token, time per token, peak memory and state against length, beside the "
-        "same model with full attention"
-    )
-    length = commands.add_parser("length", help=about, description=about.capitalize() + ".")
-    length.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
-    length.add_argument(
+    for name, (about, add_options, _) in BENCHES.items():
+        command = commands.add_parser(name, help=about, description=about.capitalize() + ".")
+        add_options(command)
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def main_bench(argv: list[str]) -> int:
+    args = build_bench_parser().parse_args(argv)
+    _, _, run = BENCHES[args.command]
+    return run(args)
+
+
+def _add_length(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
         "--lengths", default="256,1024,4096,16384", help="tokens before the first (%(default)s)"
     )
-    length.add_argument(
+    parser.add_argument(
         "--repeats", type=int, default=3, help="runs of which the median counts (%(default)s)"
     )
-    length.add_argument("--plot", type=Path, metavar="FILE", help="the plot (MODEL/length.png)")
-    length.add_argument("--no-full", action="store_true", help="measure the model alone")
-    length.add_argument("--backend", default="auto", help=BACKEND_HELP)
-    length.add_argument("--json", action="store_true", help="print one JSON object")
-    about = "state, resident memory and time per token while one text grows"
-    memory = commands.add_parser("memory", help=about, description=about.capitalize() + ".")
-    memory.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
-    memory.add_argument(
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="the plot (MODEL/length.png)")
+    parser.add_argument("--no-full", action="store_true", help="measure the model alone")
+    parser.add_argument("--backend", default="auto", help=BACKEND_HELP)
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
         "--tokens", type=int, default=100_000, help="tokens to decode (%(default)s)"
     )
-    memory.add_argument("--backend", default="auto", help=BACKEND_HELP)
-    memory.add_argument("--json", action="store_true", help="print one JSON object")
-    about = "time per token of a preset's shape at a chosen silence, beside other programs"
-    decode = commands.add_parser("decode", help=about, description=about.capitalize() + ".")
-    _add_contest(decode)
-    decode.add_argument("--tokens", type=int, default=12, help="of each turn (%(default)s)")
-    decode.add_argument(
+    parser.add_argument("--backend", default="auto", help=BACKEND_HELP)
+
+
+def _add_decode(parser: argparse.ArgumentParser) -> None:
+    _add_contest(parser)
+    parser.add_argument("--tokens", type=int, default=12, help="of each turn (%(default)s)")
+    parser.add_argument(
         "--position", type=int, default=0, help="tokens that came before (%(default)s)"
     )
-    decode.add_argument(
+    parser.add_argument(
         "--peer-model",
         metavar="PRESET",
         help="the shape that other programs run, such as a Transformer's (default: the same)",
     )
-    decode.add_argument(
+    parser.add_argument(
         "--batch", type=int, default=1, help="sequences decoded at once (%(default)s)"
     )
-    about = "time per token of a prompt on a preset's shape, beside other programs"
-    prefill = commands.add_parser("prefill", help=about, description=about.capitalize() + ".")
-    _add_contest(prefill)
-    prefill.add_argument(
-        "--prompt-tokens", type=int, default=512, help="of each turn (%(default)s)"
-    )
-    about = "speed of a preset's event-driven products alone, beside what memory allows"
-    kernel = commands.add_parser("kernel", help=about, description=about.capitalize() + ".")
-    kernel.add_argument(
-        "model", metavar="PRESET", nargs="?", default="rwkv7-0.4b", help="name or YAML file"
-    )
-    kernel.add_argument(
+
+
+def _add_prefill(parser: argparse.ArgumentParser) -> None:
+    _add_contest(parser)
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="of each turn (%(default)s)")
+
+
+def _add_kernel(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="PRESET", nargs="?", default="rwkv7-0.4b", help=SHAPE_HELP)
+    parser.add_argument(
         "--silence",
         default="0.7,0.8,0.9,0.95",
         metavar="Z,...",
         help="silent fractions of the vectors (%(default)s)",
     )
-    kernel.add_argument("--bits", type=int, default=8, help="of the weights, 8 or 4 (%(default)s)")
-    kernel.add_argument("--threads", type=int, default=1, help="(%(default)s)")
-    kernel.add_argument("--rounds", type=int, default=9, help="of turns (%(default)s)")
-    kernel.add_argument("--json", action="store_true", help="print one JSON object")
-    about = "what reading a head in two stages saves, and the draws that it changes"
-    head = commands.add_parser("head", help=about, description=about.capitalize() + ".")
-    head.add_argument("model", metavar="MODEL", help="spike-coded model folder")
-    head.add_argument("--data", metavar="FILE", nargs="+", help=DATA_HELP)
-    head.add_argument(
+    parser.add_argument("--bits", type=int, default=8, help="of the weights, 8 or 4 (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="of turns (%(default)s)")
+
+
+def _add_head(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="spike-coded model folder")
+    parser.add_argument("--data", metavar="FILE", nargs="+", help=DATA_HELP)
+    parser.add_argument(
         "--tokens", type=int, default=512, help="of the text to measure on (%(default)s)"
     )
-    head.add_argument("--json", action="store_true", help="print one JSON object")
-    about = "bytes of state that spiking queries and keys touch, and the time of it, beside dense"
-    state = commands.add_parser("state", help=about, description=about.capitalize() + ".")
+
+
+def _add_state(parser: argparse.ArgumentParser) -> None:
     for name, number, of in (
         ("heads", 16, "of the delta rule"),
         ("key-dim", 128, "key channels of a head"),
@@ -213,49 +220,47 @@ def build_bench_parser() -> argparse.ArgumentParser:
         ("tokens", 256, "to decode"),
         ("threads", 1, "of native code"),
     ):
-        state.add_argument(f"--{name}", type=int, default=number, help=f"{of} (%(default)s)")
-    state.add_argument(
+        parser.add_argument(f"--{name}", type=int, default=number, help=f"{of} (%(default)s)")
+    parser.add_argument(
         "--spiking",
         default="0.1,0.2,0.3,1",
         metavar="SHARES",
         help="of the channels of queries and keys, each on its own (%(default)s)",
     )
-    state.add_argument("--json", action="store_true", help="print one JSON object")
-    about = "training speed of one layer on the CPU, beside plain loops over the tokens"
-    block = commands.add_parser("block", help=about, description=about.capitalize() + ".")
-    block.add_argument(
+
+
+def _add_block(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "model", metavar="PRESET", nargs="?", default="spikegpt-46m", help="name or YAML file"
     )
-    block.add_argument("--batch", type=int, default=4, help="sequences (%(default)s)")
-    block.add_argument("--tokens", type=int, default=1024, help="of each sequence (%(default)s)")
-    block.add_argument(
+    parser.add_argument("--batch", type=int, default=4, help="sequences (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=1024, help="of each sequence (%(default)s)")
+    parser.add_argument(
         "--call-tokens", type=int, metavar="N", help="of the form called per token (--tokens)"
     )
-    block.add_argument(
+    parser.add_argument(
         "--repeats", type=int, default=5, help="runs of which the median counts (%(default)s)"
     )
-    block.add_argument(
+    parser.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16"),
         help="of the matrix products; bfloat16 is autocast (%(default)s)",
     )
-    block.add_argument("--json", action="store_true", help="print one JSON object")
-    about = "what sending changes of counts, or stopping at a sure token, would save and cost"
-    steps = commands.add_parser("steps", help=about, description=about.capitalize() + ".")
-    steps.add_argument("model", metavar="MODEL", help="model folder with spiking projections")
-    steps.add_argument("--data", metavar="FILE", nargs="+", help=DATA_HELP)
-    steps.add_argument(
+
+
+def _add_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder with spiking projections")
+    parser.add_argument("--data", metavar="FILE", nargs="+", help=DATA_HELP)
+    parser.add_argument(
         "--tokens", type=int, default=4096, help="of the text to measure on (%(default)s)"
     )
-    steps.add_argument("--backend", default="auto", help=BACKEND_HELP)
-    steps.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser
+    parser.add_argument("--backend", default="auto", help=BACKEND_HELP)
 
 
 def _add_contest(parser: argparse.ArgumentParser) -> None:
     """What every race against other programs can be told."""
-    parser.add_argument("model", metavar="PRESET", help="name or YAML file")
+    parser.add_argument("model", metavar="PRESET", help=SHAPE_HELP)
     parser.add_argument(
         "--silence",
         default="0.8",
@@ -279,7 +284,6 @@ def _add_contest(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="run each round again beside N processes that each keep a core busy (%(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _contest(args: argparse.Namespace) -> dict[str, Any]:
@@ -295,22 +299,6 @@ def _contest(args: argparse.Namespace) -> dict[str, Any]:
         "rounds": args.rounds,
         "load": args.load,
     }
-
-
-def main_bench(argv: list[str]) -> int:
-    args = build_bench_parser().parse_args(argv)
-    commands = {
-        "length": _bench_length,
-        "memory": _bench_memory,
-        "decode": _bench_decode,
-        "prefill": _bench_prefill,
-        "kernel": _bench_kernel,
-        "head": _bench_head,
-        "state": _bench_state,
-        "block": _bench_block,
-        "steps": _bench_steps,
-    }
-    return commands[args.command](args)
 
 
 def _bench_decode(args: argparse.Namespace) -> int:
@@ -442,6 +430,59 @@ def _bench_length(args: argparse.Namespace) -> int:
     if not args.json:
         print(f"plot: {file}")
     return 0
+
+
+# What a command is about, the options it adds to a parser, and what runs it.
+BENCHES: dict[
+    str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+] = {
+    "length": (
+        "time to first token, time per token, peak memory and state against length, beside the "
+        "same model with full attention",
+        _add_length,
+        _bench_length,
+    ),
+    "memory": (
+        "state, resident memory and time per token while one text grows",
+        _add_memory,
+        _bench_memory,
+    ),
+    "decode": (
+        "time per token of a preset's shape at a chosen silence, beside other programs",
+        _add_decode,
+        _bench_decode,
+    ),
+    "prefill": (
+        "time per token of a prompt on a preset's shape, beside other programs",
+        _add_prefill,
+        _bench_prefill,
+    ),
+    "kernel": (
+        "speed of a preset's event-driven products alone, beside what memory allows",
+        _add_kernel,
+        _bench_kernel,
+    ),
+    "head": (
+        "what reading a head in two stages saves, and the draws that it changes",
+        _add_head,
+        _bench_head,
+    ),
+    "state": (
+        "bytes of state that spiking queries and keys touch, and the time of it, beside dense",
+        _add_state,
+        _bench_state,
+    ),
+    "block": (
+        "training speed of one layer on the CPU, beside plain loops over the tokens",
+        _add_block,
+        _bench_block,
+    ),
+    "steps": (
+        "what sending changes of counts, or stopping at a sure token, would save and cost",
+        _add_steps,
+        _bench_steps,
+    ),
+}
 
 
 def build_inspect_parser() -> argparse.ArgumentParser:

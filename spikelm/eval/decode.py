@@ -24,11 +24,10 @@ from spikelm.config import (
     ModelConfig,
     NeuronConfig,
     NeuronsConfig,
-    load_model_config,
 )
 from spikelm.errors import ConfigError, did_you_mean
-from spikelm.eval.gguf import write_gguf
-from spikelm.eval.kernel import random_counts, spread
+from spikelm.eval.gguf import Quantisation, bytes_read, write_gguf
+from spikelm.eval.kernel import random_counts, shape_of, spread
 from spikelm.eval.load import busy
 from spikelm.eval.peers import (
     Contestant,
@@ -90,8 +89,11 @@ def bench_decode(
     With `load`, every round is run once more while so many other processes each keep a core busy,
     and `slowdown` says what that does to everyone.
 
-    `dense` is our own decoder with nothing silent. Raises: ConfigError for what is not allowed,
-    BackendError if a contestant fails, MissingExtraError if its package is not there.
+    `preset` is a preset's name or file, or a model folder, whose shape is taken. `dense` is our own
+    decoder where neurons silence nothing; what a ReLU makes 0 it skips as well.
+
+    Raises: ConfigError for what is not allowed, BackendError if a contestant fails,
+    MissingExtraError if its package is not there.
     """
     _check_position(position, batch, against)
     found = contest(
@@ -139,37 +141,24 @@ def contest(
     hidden_silence = silence if hidden_silence is None else hidden_silence
     _check(silence, hidden_silence, bits, threads, against, rounds, tokens)
     _at_least("load", load, 0)
-    config = load_model_config(preset)
-    theirs = load_model_config(peer_model or preset)
-    llama = {8: "Q8_0", 4: "Q4_0"}[bits]
+    config, theirs = shape_of(preset), shape_of(peer_model or preset)
     results: dict[str, list[tuple[float, float]]] = {}
     loaded: dict[str, list[tuple[float, float]]] = {}
     rates: list[dict[str, float]] = []
+    contestants: dict[str, Contestant] = {}
     facts: dict[str, dict[str, Any]] = {}
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
-        contestants: dict[str, Contestant] = {}
-
-        def enter(label: str, contestant: Contestant) -> None:
+        ours = {"spikelm": (silence, hidden_silence), "dense": (0.0, 0.0)}
+        for name in ("spikelm", *against):
+            contestant: Contestant
+            if name in ours:
+                about = (config, *ours[name], bits, threads, batch)
+                label, contestant = name, Spawned(name, OurReader, *about)
+            else:
+                label, contestant = _peer(name, theirs, Path(folder), bits, threads, context)
             stack.callback(contestant.close)
             contestants[label] = contestant
             _log.info("%s is ready", label)
-
-        own = (config, silence, hidden_silence, bits, threads, batch)
-        enter("spikelm", Spawned("spikelm", OurReader, *own))
-        for peer in against:
-            if peer == "dense":
-                dense = (config, 0.0, 0.0, bits, threads, batch)
-                enter("dense", Spawned("dense", OurReader, *dense))
-            elif peer == "llama.cpp":
-                file = Path(folder) / "model.gguf"
-                write_gguf(file, theirs, quantisation=llama)  # type: ignore[arg-type]
-                enter(f"llama.cpp {llama}", LlamaCpp(file, threads, context=max(4096, context)))
-            elif peer == "transformers":
-                enter("transformers", Transformers(theirs, threads))
-            else:
-                file = Path(folder) / "model.pth"
-                write_pth(file, theirs)
-                enter("rwkv", Rwkv(file, threads))
         for round_number in range(rounds):
             for found, processes in ((results, 0), (loaded, load))[: 1 + bool(load)]:
                 with busy(processes):
@@ -183,7 +172,7 @@ def contest(
                 rates.append(contestants["spikelm"].bandwidth(threads))
         for label, contestant in contestants.items():
             facts[label] = {"resident_bytes": contestant.resident_bytes(), **contestant.facts()}
-    ours = results["spikelm"]
+    own = results["spikelm"]
 
     def ratios(
         above: list[tuple[float, float]], below: list[tuple[float, float]]
@@ -211,14 +200,32 @@ def contest(
             for label, found in results.items()
         ],
         "ratios": {
-            label: ratios(found, ours) for label, found in results.items() if label != "spikelm"
+            label: ratios(found, own) for label, found in results.items() if label != "spikelm"
         },
-        "limit": _limit(facts["spikelm"], rates, [cpu / threads for _, cpu in ours])
+        "limit": _limit(facts["spikelm"], rates, [cpu / threads for _, cpu in own])
         if limit
         else None,
         "load": load,
         "slowdown": {label: ratios(found, results[label]) for label, found in loaded.items()},
     }
+
+
+def _peer(
+    name: str, shape: ModelConfig, folder: Path, bits: int, threads: int, context: int
+) -> tuple[str, Contestant]:
+    """Another program, with what to call it."""
+    if name == "llama.cpp":
+        quantisation: Quantisation = "Q8_0" if bits == 8 else "Q4_0"
+        file = folder / "model.gguf"
+        write_gguf(file, shape, quantisation=quantisation)
+        read = bytes_read(shape, quantisation)
+        llama = LlamaCpp(file, threads, context=max(4096, context), bytes_per_token=read)
+        return f"{name} {quantisation}", llama
+    if name == "transformers":
+        return name, Transformers(shape, threads)
+    file = folder / "model.pth"
+    write_pth(file, shape)
+    return name, Rwkv(file, threads)
 
 
 def _limit(
@@ -447,7 +454,7 @@ def _rows(table: object) -> RowMatrix:
 def random_model(config: ModelConfig, silence: float, hidden: float, bits: int) -> LanguageModel:
     """A spike-coded model with random weights, packed for native code, as silent as asked for.
 
-    The narrow vectors in front of low-rank gates all fire.
+    The narrow vectors in front of low-rank gates all fire; queries and keys are floats.
     """
     import torch
 
@@ -501,7 +508,8 @@ def random_model(config: ModelConfig, silence: float, hidden: float, bits: int) 
             model(ids, probe=histograms, last_only=True)
             for population in model.neurons():
                 fraction = wanted[population.tensor_class]
-                if fraction and population.name in histograms.histograms:
+                spikes = population.tensor_class in neurons
+                if spikes and fraction and population.name in histograms.histograms:
                     zone = histograms.quantile(population.name, fraction)
                     population.dead_zone.fill_(zone)
     return model

@@ -52,6 +52,9 @@ class Stored(NamedTuple):
         return self.num_weights * (4 if self.type == "F32" else 2)
 
 
+UNREAD = tuple(f"blk.0.time_mix_v{i}.weight" for i in range(3))
+
+
 def write_gguf(
     path: str | Path,
     shape: ModelConfig,
@@ -167,6 +170,19 @@ def stored_tensors(shape: ModelConfig, quantisation: Quantisation) -> dict[str, 
         layer = _TENSORS[kind](shape, quantisation, i)
         tensors |= {f"blk.{i}.{name}": tensor for name, tensor in layer.items()}
     return tensors
+
+
+def bytes_read(shape: ModelConfig, quantisation: Quantisation) -> float:
+    """Bytes of weights that decoding a token reads: all, but of an embedding of its own one row,
+    and no value gate in the first layer of an RWKV-7, whose values it would mix with themselves.
+    """
+    tensors = stored_tensors(shape, quantisation)
+    read = {n: t.num_bytes for n, t in tensors.items() if n not in UNREAD}
+    total = float(sum(read.values()))
+    if shape.tie_embeddings:
+        return total
+    embedding = read["token_embd.weight"]
+    return total - embedding + embedding / shape.vocab_size
 
 
 def _norm(name: str, width: int, biased: bool) -> dict[str, Stored]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
-from spikelm.config import load_model_config
+from spikelm.config import ModelConfig, load_model_config
 from spikelm.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
@@ -88,6 +89,16 @@ def parse_fractions(text: str) -> list[float]:
         raise ConfigError(f"--silence takes numbers like 0.7,0.9, got '{text}'") from None
 
 
+def shape_of(name: str) -> ModelConfig:
+    """The shape of a preset, by name or file, or of the model in a folder."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return load_model_config(name)
+    from spikelm.checkpoint import model_config_of, read_config
+
+    return model_config_of(read_config(folder), folder)
+
+
 def random_matrices(preset: str, bits: int, generator: Generator) -> list[RowMatrix]:
     """Distinct random matrices of the shapes in a preset, in the order of its layers."""
     import torch
@@ -98,7 +109,7 @@ def random_matrices(preset: str, bits: int, generator: Generator) -> list[RowMat
     from spikelm.models.spikelm import LanguageModel
 
     with torch.device("meta"):
-        model = LanguageModel(load_model_config(preset))
+        model = LanguageModel(shape_of(preset))
     found: list[RowMatrix] = []
     top = 2 ** (bits - 1)
     for projection in projections(model):

@@ -344,16 +344,29 @@ class LlamaCpp(Spawned):
     """llama.cpp on a GGUF file, weights copied to memory, through llama-cpp-python.
 
     `context` is the most tokens a sequence may have. Keys and values are float16, and attention is
-    what llama.cpp prefers itself.
+    what llama.cpp prefers itself. `bytes_per_token` is for its facts: the library tells the size of
+    a model, not what of it a token reads.
 
     Raises: MissingExtraError without llama-cpp-python; BackendError for a file it does not take.
     """
 
-    def __init__(self, path: str | Path, threads: int, *, context: int = 4096) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        threads: int,
+        *,
+        context: int = 4096,
+        bytes_per_token: float | None = None,
+    ) -> None:
         _check(threads)
         _require_package("llama_cpp", "llama-cpp-python")
         name = f"llama.cpp {Path(path).stem}"
         super().__init__(name, LlamaReader, os.fspath(path), threads, context)
+        self._bytes_per_token = bytes_per_token
+
+    def facts(self) -> dict[str, Any]:
+        known = self._bytes_per_token is not None
+        return super().facts() | ({"bytes_per_token": self._bytes_per_token} if known else {})
 
 
 class LlamaReader(Reader):
@@ -508,6 +521,14 @@ class TransformersReader(Reader):
                 torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1
             )
 
+    def facts(self) -> dict[str, Any]:
+        # Tied embeddings are one parameter, which the head reads.
+        total = sum(p.nbytes for p in self._model.parameters())
+        table = self._model.get_input_embeddings().weight
+        if not self._config.tie_word_embeddings:
+            total += table[0].nbytes - table.nbytes
+        return {"bytes_per_token": float(total)}
+
 
 class Rwkv(Spawned):
     """The package rwkv on an RWKV-7 file, such as `write_pth` makes, compiled as it comes.
@@ -549,3 +570,8 @@ class RwkvReader(Reader):
         with torch.inference_mode():
             _, self._state = self._model.forward(ids, self._state)
         self._seen += tokens
+
+    def facts(self) -> dict[str, Any]:
+        tensors = dict(self._model.z)
+        row = tensors.pop("emb.weight")[0]
+        return {"bytes_per_token": float(row.nbytes + sum(t.nbytes for t in tensors.values()))}

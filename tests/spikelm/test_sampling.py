@@ -44,9 +44,18 @@ def test_params_refuse_values_out_of_range(name: str, values: list[Any]) -> None
         assert caught.value.status == 400
 
 
-def test_params_accept_the_corners() -> None:
-    SamplingParams(temperature=0, top_k=1, top_p=0, min_p=1, repetition_penalty=0.1, seed=-(2**63))
-    SamplingParams(temperature=2, top_p=1, presence_penalty=-2, frequency_penalty=2, max_tokens=1)
+@pytest.mark.parametrize(
+    "corner",
+    [
+        {"temperature": 0, "top_k": 1, "top_p": 0, "min_p": 1, "repetition_penalty": 0.1},
+        {"temperature": 2, "top_p": 1, "presence_penalty": -2, "frequency_penalty": 2},
+        {"max_tokens": 1, "seed": -(2**63)},
+    ],
+)
+def test_params_accept_the_corners(corner: dict[str, Any]) -> None:
+    params = SamplingParams(**corner)
+    assert {name: getattr(params, name) for name in corner} == corner
+    assert 0 <= Sampler(params).sample(LOGITS) < len(LOGITS)
 
 
 def test_defaults_draw_from_the_distribution_itself() -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
-from spikelm.config import ModelConfig, load_model_config, save_yaml
-from spikelm.errors import BackendError, ConfigError
+from spikelm.config import ModelConfig, NeuronsConfig, load_model_config, save_yaml
+from spikelm.errors import BackendError, CheckpointError, ConfigError
 from spikelm.eval import decode as module
 from spikelm.eval.cli import main_bench
 from spikelm.eval.decode import OurReader, bench_decode, parse_silence
+from spikelm.eval.gguf import transformer_twin
+from spikelm.eval.kernel import shape_of
 from spikelm.eval.peers import InProcess, Reader, Seconds
 from spikelm.kernels import rows
 
@@ -156,6 +158,52 @@ def test_command(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "beside 1 busy processes" in printed
     assert main_bench(["decode", preset, *small, "--batch", "3"]) == 0
     assert "3 sequences at once" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("folder", ["float_folder", "coded_folder"])
+def test_a_models_folder_gives_its_shape(
+    folder: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(request.getfixturevalue(folder))
+    small = ["--rounds", "1", "--against", "dense", "--json"]
+    weights = {}
+    for name, value in {"decode": ["--tokens", "2"], "prefill": ["--prompt-tokens", "5"]}.items():
+        assert main_bench([name, model, *small, *value]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["preset"] == model
+        ours, dense = report["contestants"]
+        assert ours["bytes_per_token"] < dense["bytes_per_token"]
+        weights[name] = ours["weight_bytes"]
+    # What its own neurons are does not matter, nor that it is spike-coded.
+    shape = shape_of(model)
+    reader = OurReader(dataclasses.replace(shape, neurons=NeuronsConfig()), 0.8, 0.8, 8, 1)
+    assert set(weights.values()) == {reader.facts()["weight_bytes"]}
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        bench_decode(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="holds a 'llama' model; expected 'spikelm'"):
+        bench_decode("rwkv7-0.1b", peer_model=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("peer", "package"),
+    [("llama.cpp", "llama_cpp"), ("transformers", "transformers"), ("rwkv", "rwkv")],
+)
+def test_everybody_says_what_a_token_reads(
+    preset: str, peer: str, package: str, tmp_path: Path
+) -> None:
+    pytest.importorskip(package)
+    theirs = preset
+    if peer == "transformers":
+        theirs = str(tmp_path / "twin.yaml")
+        save_yaml(transformer_twin(load_model_config(preset)), Path(theirs))
+    report = bench_decode(preset, rounds=1, tokens=1, against=[peer], bits=4, peer_model=theirs)
+    ours, other = report["contestants"]
+    assert ours["bytes_per_token"] < other["bytes_per_token"]
 
 
 @pytest.mark.parametrize(

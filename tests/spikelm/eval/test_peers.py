@@ -15,6 +15,7 @@ from spikelm.errors import BackendError, ConfigError, MissingExtraError
 from spikelm.eval import gguf as files
 from spikelm.eval import peers
 from spikelm.eval.gguf import (
+    bytes_read,
     kind_of,
     num_weights,
     stored_tensors,
@@ -138,6 +139,23 @@ def test_gguf_holds_little_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_sizes_of_llama_cpps_own_files(preset: str, quantisation: Any, megabytes: int) -> None:
     tensors = stored_tensors(load_model_config(preset), quantisation).values()
     assert sum(tensor.num_bytes for tensor in tensors) / 1e6 == pytest.approx(megabytes, rel=0.01)
+
+
+@pytest.mark.parametrize("quantisation", ["Q8_0", "Q4_0"])
+def test_a_token_reads_one_row_of_the_embedding(quantisation: Any) -> None:
+    def read(shape: ModelConfig) -> float:
+        return bytes_read(shape, quantisation)
+
+    def file(shape: ModelConfig) -> int:
+        return sum(tensor.num_bytes for tensor in stored_tensors(shape, quantisation).values())
+
+    row = 128 // 32 * {"Q8_0": 34, "Q4_0": 18}[quantisation]
+    # Two low-rank matrices in float16 and a vector in float32.
+    first = 2 * (2 * 64 * 128) + 128 * 4
+    assert read(RWKV7) == file(RWKV7) - 299 * row - first
+    # Tied, the head reads the whole table.
+    assert QWEN2.tie_embeddings
+    assert read(QWEN2) == file(QWEN2)
 
 
 def test_twin_has_as_many_parameters(tmp_path: Path) -> None:
@@ -310,6 +328,9 @@ def test_llama_cpp_in_a_process_of_its_own(tmp_path: Path) -> None:
     with LlamaCpp(tmp_path / "model.gguf", 1) as contestant:
         assert len(contestant.decode_at(100000, 2)) == 2
         assert contestant.prefill(600).cpu > 0
+        assert contestant.facts() == {}
+    with LlamaCpp(tmp_path / "model.gguf", 1, bytes_per_token=7.0) as contestant:
+        assert contestant.facts() == {"bytes_per_token": 7.0}
 
 
 def test_transformers() -> None:
@@ -326,6 +347,8 @@ def test_transformers() -> None:
         num_weights(transformer_twin(RWKV7))
     )
     assert (config.num_key_value_heads, config.rope_parameters["rope_theta"]) == (2, 1e6)
+    read = num_weights(transformer_twin(RWKV7)) - 299 * 128
+    assert reader.facts() == {"bytes_per_token": 2.0 * read}
     contestant = InProcess("transformers", reader)
     assert len(contestant.decode_at(70, 2)) == 2
     assert reader._cache.get_seq_length() == 73
@@ -339,6 +362,9 @@ def test_rwkv(tmp_path: Path) -> None:
     with Rwkv(tmp_path / "model.pth", 1) as contestant:
         assert len(contestant.decode(2)) == 2
         assert contestant.prefill(3).cpu > 0
+        # All float32; the first layer's value gates are dropped at loading.
+        expected = 4 * (num_weights(RWKV7) - 299 * 128 - 2 * 64 * 128 - 128)
+        assert contestant.facts()["bytes_per_token"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_written_weights_are_an_rwkv7(tmp_path: Path) -> None:
