@@ -340,6 +340,8 @@ class FFNConfig:
     """Hidden neurons F."""
     receptance: bool = False
     """channel_mix: a sigmoid gate from the shifted input on the output (RWKV-4)."""
+    token_shift: bool = False
+    """swiglu, reglu: mix the previous token into the input, as channel_mix always does."""
     experts: ExpertsConfig | None = None
     """A mixture of gated experts of this shape; null is one dense layer."""
 
@@ -347,6 +349,10 @@ class FFNConfig:
         _require_positive(self, "hidden_dim")
         if self.kind != "channel_mix" and self.receptance:
             raise ConfigError(f"receptance: true needs kind: channel_mix, not {self.kind}")
+        if self.kind == "channel_mix" and self.token_shift:
+            raise ConfigError("token_shift is for swiglu and reglu; channel_mix always has one")
+        if self.token_shift and self.experts is not None:
+            raise ConfigError("token_shift: true needs experts: null; a routed token has no past")
         if self.kind == "channel_mix" and self.experts is not None:
             raise ConfigError(
                 "experts need kind: swiglu or reglu, not channel_mix: a routed token has no past"

@@ -277,19 +277,27 @@ class _Lowering:
         self._add(ffn.output, hidden, activation="squared_relu", gate=gated)
 
     def _gated(self, ffn: GatedFFN) -> None:
+        shift = None if ffn.shift is None else (self._state("shift"), ffn.shift)
+        spikes = self._spike(ffn.input, self.normed, shift=shift)
+        self.program.barrier()
+        if shift is not None:
+            # Nothing reads the token before any more.
+            self.program.emit(
+                Code.KEEP, "shift", size=[self.width], at=[self.normed], state=[shift[0]]
+            )
         linear = ffn.input.linear
         assert isinstance(linear, CodedLinear)
         if isinstance(linear.table, Gated):
-            projected = self._behind_gates(ffn.input, linear.table)
+            projected = self._behind_gates(ffn.input, linear.table, spikes)
         else:
-            projected = self._project(ffn.input, self.normed)
+            projected = self.program.vector(_outputs(ffn.input))
+            self._matvec(ffn.input, spikes, projected)
+            self.program.barrier()
         self._add(ffn.output, projected, activation=ffn.kind)
 
-    def _behind_gates(self, projection: Projection, table: Gated) -> int:
+    def _behind_gates(self, projection: Projection, table: Gated, spikes: int) -> int:
         """Gates, and what they let through as far as they are open: one vector."""
         program, hidden = self.program, table.out_features // 2
-        spikes = self._spike(projection, self.normed)
-        program.barrier()
         projected = program.vector(2 * hidden)
         scale, bias = _scale_and_bias(projection)
         assert bias is None

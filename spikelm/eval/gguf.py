@@ -101,7 +101,7 @@ def kind_of(shape: ModelConfig) -> Kind:
     """Which of llama.cpp's architectures has these layers. Raises: ConfigError for neither."""
     attention, ffn = shape.attention, shape.ffn
     extras: list[object] = [shape.width % BLOCK, ffn.hidden_dim % BLOCK, ffn.experts]
-    extras += [shape.head_qk_dim, shape.sink_embeddings, ffn.receptance]
+    extras += [shape.head_qk_dim, shape.sink_embeddings, ffn.receptance, ffn.token_shift]
     layers = {*shape.mixers, ffn.kind, shape.norm}
     if layers == {"rwkv7", "channel_mix", "layer"}:
         extras += [shape.tie_embeddings, not shape.embedding_norm]

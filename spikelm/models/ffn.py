@@ -27,8 +27,7 @@ class ChannelMix(Part):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         width, hidden = config.width, config.ffn.hidden_dim
-        self.layer, self.num_layers = layer, config.num_layers
-        self.init = config.init
+        self.config, self.layer = config, layer
         # The share of the previous token.
         self.shift = nn.Parameter(torch.empty(width))
         self.input = Projection("ffn_input", width, hidden, config)
@@ -43,11 +42,7 @@ class ChannelMix(Part):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        if self.init == "normal":
-            shares = torch.linspace(0.0, 0.5, self.shift.numel())
-        else:
-            channel = torch.arange(self.shift.numel()) / self.shift.numel()
-            shares = 1 - channel ** (1 - self.layer / self.num_layers)
+        shares = initial_shares(self.config, self.layer)
         self.shift.copy_(shares)
         if self.receptance is not None:
             self.receptance_shift.copy_(shares)
@@ -74,27 +69,53 @@ class ChannelMix(Part):
 
 
 class GatedFFN(Part):
-    """act(gate) * up, then down: SwiGLU with SiLU, ReGLU with ReLU."""
+    """act(gate) * up, then down: SwiGLU with SiLU, ReGLU with ReLU; a token shift if asked for."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         width, hidden = config.width, config.ffn.hidden_dim
-        self.kind = config.ffn.kind
+        self.config, self.layer, self.kind = config, layer, config.ffn.kind
+        self.shift: nn.Parameter | None = None
+        if config.ffn.token_shift:
+            self.shift = nn.Parameter(torch.empty(width))
         self.input = Projection("ffn_input", width, 2 * hidden, config)
         self.output = Projection("ffn_hidden", hidden, width, config, init_scale=0.5)
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.shift is not None:
+            self.shift.copy_(initial_shares(self.config, self.layer))
+
     def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
+        shift = (
+            {} if self.shift is None else {"shift": like.new_zeros(batch_size, 1, len(self.shift))}
+        )
         return {
+            **shift,
             **self.input.zero_state(batch_size, like),
             **self.output.zero_state(batch_size, like),
         }
 
     def forward(self, x: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
+        kept_shift: LayerState = {}
+        if self.shift is not None:
+            before = state["shift"]
+            (previous, _), last = causal_taps(x, 2, before.to(x.dtype), context.segment)
+            x = x + (previous - x) * self.shift
+            kept_shift = {"shift": last.to(before.dtype)}
         projected, kept = self.input(x, state, context)
         gate, up = projected.chunk(2, -1)
         act = silu if self.kind == "swiglu" else F.relu
         y, kept_output = self.output(act(gate) * up, state, context)
-        return y, {**kept, **kept_output}
+        return y, {**kept_shift, **kept, **kept_output}
+
+
+def initial_shares(config: ModelConfig, layer: int) -> Tensor:
+    """The share [D] of the previous token at the start of training."""
+    if config.init == "normal":
+        return torch.linspace(0.0, 0.5, config.width)
+    channel = torch.arange(config.width) / config.width
+    return 1 - channel ** (1 - layer / config.num_layers)
 
 
 class ExpertsFFN(Part):
@@ -104,13 +125,13 @@ class ExpertsFFN(Part):
     loss is E * sum_e (share of tokens sent to e) (mean p_e), 1 at balance (Fedus et al. 2021).
     """
 
-    def __init__(self, config: ModelConfig, experts: ExpertsConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int, experts: ExpertsConfig) -> None:
         super().__init__()
         self.config = experts
         # Float, and from zero: every expert begins with the same weight.
         self.router = Linear(config.width, experts.num_experts, init_scale=0.0)
-        self.experts = nn.ModuleList(GatedFFN(config) for _ in range(experts.num_experts))
-        self.shared = nn.ModuleList(GatedFFN(config) for _ in range(experts.num_shared))
+        self.experts = nn.ModuleList(GatedFFN(config, layer) for _ in range(experts.num_experts))
+        self.shared = nn.ModuleList(GatedFFN(config, layer) for _ in range(experts.num_shared))
 
     def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
         return {}
@@ -155,5 +176,5 @@ def make_ffn(config: ModelConfig, layer: int) -> ChannelMix | GatedFFN | Experts
         return ChannelMix(config, layer)
     experts = config.ffn.experts
     if experts is not None and layer not in experts.dense_layers:
-        return ExpertsFFN(config, experts)
-    return GatedFFN(config)
+        return ExpertsFFN(config, layer, experts)
+    return GatedFFN(config, layer)

@@ -16,6 +16,8 @@ from spikelm import config
 from spikelm.config import (
     TENSOR_CLASSES,
     AttentionConfig,
+    ExpertsConfig,
+    FFNConfig,
     ModelConfig,
     NeuronConfig,
     NeuronsConfig,
@@ -231,3 +233,22 @@ def test_a_field_may_map_names_to_values() -> None:
         config.from_dict(Named, {"numbers": {"a": "x"}, "anything": {}})
     with pytest.raises(ConfigError, match=r"numbers: expected keys and values, got \[1\]"):
         config.from_dict(Named, {"numbers": [1], "anything": {}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"token_shift": True}, "token_shift is for swiglu and reglu; channel_mix always has one"),
+        (
+            {"kind": "swiglu", "token_shift": True, "experts": ExpertsConfig()},
+            "token_shift: true needs experts: null; a routed token has no past",
+        ),
+        ({"kind": "reglu", "receptance": True}, "receptance: true needs kind: channel_mix"),
+        ({"experts": ExpertsConfig()}, "experts need kind: swiglu or reglu"),
+    ],
+)
+def test_feed_forward_layers_that_contradict_themselves(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        FFNConfig(**fields)

@@ -101,6 +101,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "neurons": NeuronsConfig(mixer_input=INTEGER, mixer_output=INTEGER, gate_input=INTEGER),
     },
     "swiglu": {"ffn": GATED},
+    "swiglu with a token shift": {"ffn": dataclasses.replace(GATED, token_shift=True)},
     "reglu": {"ffn": FFNConfig(kind="reglu", hidden_dim=24)},
     "experts": {
         "ffn": dataclasses.replace(
