@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("spikelm_train.cli:main", "train a model from a YAML recipe"),
     "experiment": ("spikelm_train.experiments.cli:main", "run a study: variants, twins, seeds"),
     "recall": ("spikelm_train.recall.cli:main", "what small models of every mixer remember"),
+    "data": ("spikelm_train.texts.cli:main", "text made ready to train on"),
     "import": ("spikelm.conversion.importing.cli:main", "read a checkpoint of another project"),
     "upcycle": (
         "spikelm.conversion.cli:main_upcycle",
