@@ -67,6 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
         "the calibration text (default: compensated for 4 bits, nearest for 8; weights that were "
         "rounded in training stay as they are)",
     )
+    parser.add_argument(
+        "--by-output-weights",
+        type=int,
+        metavar="N",
+        help="lay projections in front of a ReLU out to be read by output, where that is less to "
+        "read, from so many weights on; smaller ones are faster as they are (default: 1048576)",
+    )
     return parser
 
 
@@ -78,6 +85,9 @@ def main(argv: list[str]) -> int:
     if out.resolve() == source.resolve():
         raise ConfigError(f"OUT is RUN itself ({out}); give another folder")
     check_out(out, replace="spikes.json")
+    least = arguments.by_output_weights
+    if least is not None and least < 0:
+        raise ConfigError(f"--by-output-weights {least} given; allowed: 0 or more")
     if arguments.calibration_tokens < WINDOW_TOKENS:
         raise ConfigError(
             f"--calibration-tokens {arguments.calibration_tokens} given; "
@@ -102,6 +112,7 @@ def main(argv: list[str]) -> int:
         bits=bits.pop("", None),
         bits_of=bits,
         rounding=arguments.rounding,
+        by_output_weights=least,
     )
     _report(manifest, out)
     return 0

@@ -56,6 +56,7 @@ def convert(
     bits: int | None = None,
     bits_of: Mapping[str, int] | None = None,
     rounding: Rounding | None = None,
+    by_output_weights: int | None = None,
 ) -> dict[str, Any]:
     """Converts the float folder `source` into the spike-coded folder `out`; returns the manifest.
 
@@ -65,6 +66,9 @@ def convert(
     or by the name of the population in front (`head`). Rounding to 4 bits is compensated on the
     `windows` (`conversion.quantise`) and to 8 bits is to nearest, unless `rounding` says one for
     both. Weights that were rounded in training keep the integers, scales, bits and groups of that.
+    Projections in front of a ReLU that have `by_output_weights` or more (null: a million) are laid
+    out to be read by output if that is less to read.
+
     Raises: ConfigError for a silence, bits, group size or rounding that do not apply,
     CheckpointError for a bad source.
     """
@@ -114,7 +118,8 @@ def convert(
     with torch.inference_mode():
         for window in windows.split(1):
             model(window, probe=meter)
-    read_by_output(model, _mostly_negative(model, meter.tallies))
+    least = BY_OUTPUT_WEIGHTS if by_output_weights is None else by_output_weights
+    read_by_output(model, _mostly_negative(model, meter.tallies, least))
     manifest = {
         "format": FORMAT,
         "source": {"name": loaded.name, "fingerprint": loaded.fingerprint},
@@ -132,16 +137,16 @@ def convert(
     return manifest
 
 
-def _mostly_negative(model: LanguageModel, tallies: Mapping[str, Tally]) -> list[str]:
-    """The large projections of which less time goes into reading by output than by input: what a
-    ReLU makes of them is positive far less often than their inputs fire.
+def _mostly_negative(model: LanguageModel, tallies: Mapping[str, Tally], least: int) -> list[str]:
+    """The projections of at least so many weights of which less is read by output than by input:
+    what a ReLU makes of them is positive far less often than their inputs fire.
     """
     found = []
     for name, (_, behind) in relu_projections(model).items():
         weights = tallies[name].neuron.channels * behind.neuron.channels
         positive = 1 - tallies[behind.neuron.name].zero_input_fraction
         fired = 1 - tallies[name].silent_fraction
-        if weights >= BY_OUTPUT_WEIGHTS and positive < BY_OUTPUT_SHARE * fired:
+        if weights >= least and positive < BY_OUTPUT_SHARE * fired:
             found.append(name)
     return found
 

@@ -31,6 +31,16 @@ def test_converts_a_run(
     assert main(command) == 0, "an older conversion is replaced"
 
 
+def test_small_projections_are_read_by_output_if_asked_to(
+    float_folder: Path, tmp_path: Path, text: str
+) -> None:
+    for options in ([], ["--by-output-weights", "0"]):
+        command = ["convert", str(float_folder), str(tmp_path / "out"), "--data", text]
+        assert main([*command, "--silence", "ffn_input=0.01", *options]) == 0
+        coding = checkpoint.read_config(tmp_path / "out")["spike_coding"]
+        assert ("by_output" in coding) is bool(options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -44,6 +54,7 @@ def test_converts_a_run(
         (["{model}", "{tmp}/out", "--bits", "ffn_input"], "takes BITS or CLASS=BITS"),
         (["{model}", "{tmp}/out", "--bits", "=4"], "takes BITS or CLASS=BITS"),
         (["{model}", "{tmp}/out", "--bits", "3"], "bits 3 given; allowed: 4, 8"),
+        (["{model}", "{tmp}/out", "--by-output-weights", "-1"], "-1 given; allowed: 0 or more"),
         (["{model}", "{tmp}/out", "--data", "{tmp}/none.txt"], "no such file"),
     ],
 )

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_a_prompt_leaves_what_its_tokens_one_by_one_leave(
 ) -> None:
     if by_output:
         monkeypatch.setattr("spikelm.models.coded.TWO_STAGE_OUTPUTS", 1)
-        monkeypatch.setattr("spikelm.conversion.convert._mostly_negative", lambda model, _: GATED)
+        monkeypatch.setattr("spikelm.conversion.convert._mostly_negative", lambda *_: GATED)
     model = LanguageModel(
         tiny_config(
             mixers=mixers,
@@ -235,10 +236,10 @@ def test_what_would_be_read_out_of_bounds(engine: Engine, ids: list[int], messag
         engine.step(torch.tensor(ids), state)
 
 
-def coded(model: LanguageModel, folder: Path) -> Path:
+def coded(model: LanguageModel, folder: Path, **options: Any) -> Path:
     checkpoint.save(folder / "float", model, Tokenizer.bytes())
-    g = torch.Generator().manual_seed(0)
-    convert(folder / "float", folder / "coded", torch.randint(0, 257, (4, 48), generator=g))
+    windows = torch.randint(0, 257, (4, 48), generator=torch.Generator().manual_seed(0))
+    convert(folder / "float", folder / "coded", windows, **options)
     return folder / "coded"
 
 
@@ -280,7 +281,6 @@ def test_what_a_relu_drops_is_not_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same bits as by input, from fewer bytes."""
-    monkeypatch.setattr("spikelm.conversion.convert.BY_OUTPUT_WEIGHTS", 1)
     monkeypatch.setattr("spikelm.conversion.convert.BY_OUTPUT_SHARE", 0.7)
     ffn = FFNConfig(kind=kind, hidden_dim=128)  # type: ignore[arg-type]
     fields = {"ffn": ffn, "width": 128}
@@ -288,7 +288,7 @@ def test_what_a_relu_drops_is_not_read(
     for neuron, gated in ((dense, True), (quiet, False)):
         neurons = NeuronsConfig(ffn_input=neuron)
         model = LanguageModel(tiny_config(**fields, neurons=neurons)).initialise(0)
-        folder = coded(model, tmp_path / str(gated))
+        folder = coded(model, tmp_path / str(gated), by_output_weights=1)
         config = json.loads((folder / "config.json").read_text())
         assert config["spike_coding"].get("by_output", []) == (GATED if gated else [])
         found, read = [], []

@@ -15,6 +15,7 @@ from spikelm_train.config import load_recipe
 from spikelm_train.experiments import study as module
 from spikelm_train.experiments.study import (
     DataFiles,
+    MeasureConfig,
     Run,
     changes,
     load_study,
@@ -96,6 +97,16 @@ def test_options_at_their_defaults_change_no_key(study: Write) -> None:
     recorded["data"]["sources"] = ["/elsewhere"]
     assert same_recipe(recorded, config)
     assert not same_recipe(recorded, dataclasses.replace(config, steps=9))
+    measure = MeasureConfig(max_bytes=7)
+    keys = [
+        dataclasses.replace(runs(study())[0], measure=m).key
+        for m in (
+            measure,
+            dataclasses.replace(measure, decode_rounds=1),
+            dataclasses.replace(measure, by_output_weights=0),
+        )
+    ]
+    assert keys[0] == keys[1] != keys[2]
 
 
 @pytest.mark.parametrize(

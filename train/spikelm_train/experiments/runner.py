@@ -232,6 +232,7 @@ class Runner:
                 bits=conversion["bits"],
                 bits_of=conversion["bits_of"],
                 silence=conversion["silence"],
+                by_output_weights=run.measure.by_output_weights,
             )
         documents = excerpts(list(self._text("validation")), run.measure.max_bytes)
         loaded = checkpoint.load(coded, backend="auto")

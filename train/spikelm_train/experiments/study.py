@@ -102,6 +102,8 @@ class MeasureConfig:
     """About so much of the held-out text, an equal share from the middle of every document."""
     calibration_tokens: int = 8192
     """Of the training text, to calibrate conversion on."""
+    by_output_weights: int | None = None
+    """As of `spikelm convert`; null is its default, which only large matrices reach."""
     decode_rounds: int = 9
     """Turns of every model when decoding is timed; 0 does not time it."""
     decode_tokens: int = 64
@@ -179,7 +181,9 @@ class Run:
     @property
     def key(self) -> str:
         """What the results depend on."""
-        quality = (self.measure.max_bytes, self.measure.calibration_tokens)
+        quality: tuple[int | None, ...] = self.measure.max_bytes, self.measure.calibration_tokens
+        if self.measure.by_output_weights is not None:
+            quality += (self.measure.by_output_weights,)
         return _digest(self.train_key, self.conversion, quality)
 
     def __str__(self) -> str:
