@@ -11,6 +11,8 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from spikelm import checkpoint
 from spikelm.corpus import builtin_documents
@@ -35,8 +37,11 @@ def bench_head(
     path: str | Path, documents: Sequence[str] | None = None, *, tokens: int = MEASURED_TOKENS
 ) -> dict[str, Any]:
     """Reads the first `tokens` of `documents` (by default the built-in validation text) and draws
-    the next token from both, with several seeds, as JSON types: how many draws differ, which share
-    of the logits was exact, and time and weight bytes per token, by kind of draw.
+    the next token from both, with several seeds, as JSON types by kind of draw: the total variation
+    between the two distributions (the most by which the probability of anything can differ), how
+    many draws of the same seed differ, which share of the logits was exact, and time and weight
+    bytes per token. Estimates that change the order of two unlikely tokens change a draw, but
+    hardly a probability.
 
     Raises: ConfigError for fewer than 2 tokens or a model whose head cannot be read in two stages;
     BackendError where it does not decode natively.
@@ -55,7 +60,7 @@ def bench_head(
     texts = builtin_documents("validation") if documents is None else documents
     ids = token_stream(loaded.tokenizer, texts).first(tokens).ids
     results: dict[str, Any] = {}
-    rows: dict[str, list[tuple[float, int, float, int]]] = {name: [] for name in DRAWS}
+    rows: dict[str, list[tuple[float, int, float, int, float]]] = {name: [] for name in DRAWS}
     whole: list[tuple[float, int]] = []
     state = loaded.model.initial_state(1).clone()
     for position, token in enumerate(map(torch.tensor, ids)):
@@ -78,13 +83,16 @@ def bench_head(
                 )
                 differ += Sampler(own).sample(logits[0]) != Sampler(own).sample(partly[0])
             exact = float((partly == logits).float().mean())
-            rows[name].append((seconds, counts.weight_bytes, exact, differ))
+            p, q = (probabilities(scores[0], params) for scores in (logits, partly))
+            variation = float((p - q).abs().sum()) / 2
+            rows[name].append((seconds, counts.weight_bytes, exact, differ, variation))
     for name, found in rows.items():
-        seconds_each, read, exact_each, differing = zip(*found, strict=True)
+        seconds_each, read, exact_each, differing, variations = zip(*found, strict=True)
         results[name] = {
             "ms_per_token": 1e3 * statistics.median(seconds_each),
             "weight_bytes": statistics.mean(read),
             "exact_fraction": statistics.mean(exact_each),
+            "total_variation": statistics.mean(variations),
             "draws": SEEDS * len(found),
             "draws_that_differ": sum(differing),
         }
@@ -99,3 +107,15 @@ def bench_head(
         },
         "draws": results,
     }
+
+
+def probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """What logits [N] are drawn with [N], float64: temperature, then top-k, then top-p."""
+    if params.temperature == 0:
+        return F.one_hot(logits.argmax(), logits.numel()).double()
+    p, ids = (logits.double() / params.temperature).softmax(-1).sort(descending=True, stable=True)
+    if params.top_k is not None:
+        p[params.top_k :] = 0
+        p /= p.sum()
+    p[1:] *= p.cumsum(0)[:-1] < params.top_p
+    return torch.zeros_like(p).index_put((ids,), p / p.sum())

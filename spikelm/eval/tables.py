@@ -232,11 +232,11 @@ def block_table(report: Mapping[str, Any]) -> str:
 
 def head_table(report: Mapping[str, Any]) -> str:
     """What `spikelm bench head` prints."""
-    rows = [["", "exact logits", "weights read", "ms per token", "draws that differ"]]
+    columns = ["exact logits", "weights read", "ms per token", "total variation"]
+    rows = [["", *columns, "draws that differ"]]
     whole = report["all_exact"]
-    rows.append(
-        ["all", percent(1.0), size(whole["weight_bytes"]), f"{whole['ms_per_token']:.2f}", "-"]
-    )
+    exact = [percent(1.0), size(whole["weight_bytes"]), f"{whole['ms_per_token']:.2f}"]
+    rows.append(["all", *exact, "-", "-"])
     for name, found in report["draws"].items():
         rows.append(
             [
@@ -244,6 +244,7 @@ def head_table(report: Mapping[str, Any]) -> str:
                 percent(found["exact_fraction"]),
                 size(found["weight_bytes"]),
                 f"{found['ms_per_token']:.2f}",
+                f"{found['total_variation']:.1e}",
                 f"{found['draws_that_differ']} of {found['draws']:,}",
             ]
         )
