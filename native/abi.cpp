@@ -3,4 +3,4 @@
 
 #include "common.h"
 
-EXPORT int spikelm_abi() { return 8; }
+EXPORT int spikelm_abi() { return 9; }

@@ -172,6 +172,20 @@ CLONES void norm(const Op& op, Row& row) {
               data<float>(op, 1));
 }
 
+// sign(x) m |x / m|^power, m the mean |x|, as `expand` in neurons/integer.py; y may be x.
+INLINE void expand(float* y, const float* x, std::int64_t n, float power) {
+    const float mean =
+        std::max(summed(n, [&](std::int64_t i) { return std::fabs(x[i]); }) / n, 1e-5f);
+    if (power == 1.5f) {
+        CHANNELS
+        for (std::int64_t i = 0; i < n; i++)
+            y[i] = x[i] * std::sqrt(std::fabs(x[i]) / mean);
+    } else {
+        for (std::int64_t i = 0; i < n; i++)
+            y[i] = std::copysign(std::pow(std::fabs(x[i]) / mean, power) * mean, x[i]);
+    }
+}
+
 // The adaptive integer neuron, or with `step` > 0 the one of fixed scale, as in
 // neurons/integer.py. Returns v_threshold; its sign bit or NaN tells of an input that is not
 // finite.
@@ -225,8 +239,8 @@ INLINE void list(Events& events, std::int64_t n) {
 }
 
 // size: n, activation, unsigned, max_count, neuron, hard reset; at: x, scratch, scratch of a LIF
-// neuron; state: the previous token's input, the membrane; number: k, step; data: dead zone, share
-// of the previous token, tau and threshold.
+// neuron; state: the previous token's input, the membrane; number: k, step, power (0: 1); data: dead
+// zone, share of the previous token, tau and threshold.
 CLONES bool spike(const Op& op, Row& row) {
     const std::int64_t n = op.size[0];
     const float* x = vector(op, row, 0);
@@ -274,6 +288,10 @@ CLONES bool spike(const Op& op, Row& row) {
         events.v_threshold = 1;
         list(events, n);
         return true;
+    }
+    if (op.number[2] > 0) {
+        expand(y, x, n, op.number[2]);
+        x = y;
     }
     const float high = static_cast<float>(op.size[3]);
     events.v_threshold = count(x, n, op.number[0], op.number[1], data<float>(op, 0),
@@ -598,14 +616,18 @@ CLONES void conv(const Op& op, Row& row, std::int64_t begin, std::int64_t end) {
     }
 }
 
-// What the adaptive integer neuron of a head makes of x: k is number[3] (0: off), max_count size[6]
-// (0: no clip), unsigned size[7].
+// What the adaptive integer neuron of a head makes of x: k is number[3] (0: off), power number[4]
+// (0: 1), max_count size[6] (0: no clip), unsigned size[7].
 INLINE bool head_spikes(float* out, const float* x, std::int64_t n, const Op& op,
                         const float* dead_zone) {
     const float k = op.number[3];
     if (!(k > 0)) {
         if (out != x) std::memcpy(out, x, n * sizeof(float));
         return true;
+    }
+    if (op.number[4] > 0) {
+        expand(out, x, n, op.number[4]);
+        x = out;
     }
     const float mean = summed(n, [&](std::int64_t i) { return std::fabs(x[i]); }) / n;
     if (!(mean < INFINITY)) return false;

@@ -58,6 +58,9 @@ class NeuronConfig:
     """The size of one count: mean |x| / k of each token, or `v_threshold` (integer neuron)."""
     k: float = 3.0
     """Counts per mean |x|: v_threshold = mean|x| / k (integer neuron, adaptive scale)."""
+    power: float = 1.0
+    """x |x / mean|x||^(power - 1) becomes counts in place of x, 1 to 2: above 1 large entries grow
+    and less is lost in the dead zone (integer neuron, adaptive scale)."""
     dead_zone: float = 0.0
     """Initial half-width of the zone that gives count 0, in units of the token's mean |x|."""
     max_count: int | None = None
@@ -117,6 +120,9 @@ class NeuronConfig:
             raise ConfigError(
                 "dead_zone and target_silence need scale: adaptive; a fixed scale has no zone"
             )
+        _require(1 <= self.power <= 2, "power", self.power, "1 to 2")
+        if self.power != 1 and (self.kind, self.scale) != ("integer", "adaptive"):
+            raise ConfigError("power needs kind: integer and scale: adaptive")
         if self.learn == "dead_zone" and (self.kind, self.scale) != ("integer", "adaptive"):
             raise ConfigError("learn: dead_zone needs kind: integer and scale: adaptive")
         for name in ("target_ramp", "bypass"):

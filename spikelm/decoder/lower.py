@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from spikelm.config import NeuronConfig
 from spikelm.decoder.program import Code, Program
 from spikelm.kernels.gla import fixed_log_decay
 from spikelm.kernels.outputs import Gated, Halves
@@ -192,7 +193,7 @@ class _Lowering:
         out = program.vector(mixer.qkv_sizes[2])
         decays = {"none": 0, "scalar": 1, "channel": c.key_dim}[c.decay]
         split = c.gates == "split"
-        k, max_count, unsigned, zones = _head_neurons(mixer.queries, mixer.keys)
+        counts, max_count, unsigned, zones = _head_neurons(mixer.queries, mixer.keys)
         program.emit(
             Code.DELTA,
             mixer.queries.name,
@@ -203,7 +204,7 @@ class _Lowering:
             ],
             at=[mixed, logits, out],
             state=[self._state("S"), self._state("pending") if mixer.lazy else None],
-            number=[c.decay_floor, DELTA_UNIT_EPS, mixer.norm.eps, k],
+            number=[c.decay_floor, DELTA_UNIT_EPS, mixer.norm.eps, *counts],
             data=[_float(mixer.gate_bias), _float(mixer.norm.weight), *zones],
         )
         program.barrier()
@@ -226,7 +227,7 @@ class _Lowering:
         grows = heads.window is None
         sinks = 0 if grows else c.sinks
         gates = {"none": 0, "headwise": 1, "elementwise": c.head_dim}[c.output_gate]
-        k, max_count, unsigned, zones = _head_neurons(heads.queries)
+        counts, max_count, unsigned, zones = _head_neurons(heads.queries)
         rope = None
         if c.rope_theta is not None:
             device = torch.device("cpu")
@@ -246,7 +247,7 @@ class _Lowering:
                 *(self._state(branch + name, grows=grows) for name in ("k", "v")),
                 *(self._state(branch + name) for name in ("sink_k", "sink_v")),
             ],
-            number=[0.0 if heads.query_norm is None else heads.query_norm.eps, 0.0, 0.0, k],
+            number=[0.0 if heads.query_norm is None else heads.query_norm.eps, 0.0, 0.0, *counts],
             data=[None if bias is None else _float(bias), rope, *norms, *zones],
         )
 
@@ -572,13 +573,14 @@ class _Lowering:
         counted: bool = True,
     ) -> int:
         program, c, n = self.program, neuron.config, neuron.channels
-        numbers, membrane = [0.0, 0.0], None
+        numbers, membrane = [0.0, 0.0, 0.0], None
         tensors: list[Tensor | None] = [None] * 4
         if c.kind == "integer":
             if c.max_count is None:
                 raise NotLoweredError(f"counts without clip ({neuron.name})")
             if c.scale == "adaptive":
                 numbers[0], tensors[0] = max(neuron.k.item(), MIN_K), _float(neuron.dead_zone)
+                numbers[2] = _power(c)
             else:
                 numbers[1] = max(neuron.step.item(), MIN_THRESHOLD)
         elif c.kind == "lif":
@@ -692,18 +694,26 @@ class _Lowering:
 
 def _head_neurons(
     *neurons: Neuron | None,
-) -> tuple[float, int, bool, list[Tensor | None]]:
-    """k (0 if off), clip (0 if none), unsigned and dead zones of populations that share them."""
+) -> tuple[tuple[float, float], int, bool, list[Tensor | None]]:
+    """(k (0 if off), power), clip (0 if none), unsigned and dead zones of populations that share
+    them.
+    """
     c = None if neurons[0] is None else neurons[0].config
     if c is None or c.kind == "off":
-        return 0.0, 0, False, [None for _ in neurons]
+        return (0.0, 0.0), 0, False, [None for _ in neurons]
     if c.kind != "integer" or c.scale != "adaptive":
         raise NotLoweredError(f"{c.kind} neurons of {c.scale} scale on queries and keys")
     present = [neuron for neuron in neurons if neuron is not None]
     k = {max(neuron.k.item(), MIN_K) for neuron in present}
     if len(k) > 1:
         raise NotLoweredError("queries and keys with different k")
-    return k.pop(), c.max_count or 0, c.unsigned, [_float(n.dead_zone) for n in present]
+    zones: list[Tensor | None] = [_float(neuron.dead_zone) for neuron in present]
+    return (k.pop(), _power(c)), c.max_count or 0, c.unsigned, zones
+
+
+def _power(config: NeuronConfig) -> float:
+    """The power of an integer neuron as operations take it: 0 is none."""
+    return config.power if config.power != 1 else 0.0
 
 
 def _scale_and_bias(projection: Projection) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,8 @@
     value = v_threshold * count
 
 k = 3 without dead zone and clip is SpikingBrain's neuron (Pan et al. 2025). The dead zone sets
-how many channels are silent apart from how fine the counts are. The fixed one has one step for all
+how many channels are silent apart from how fine the counts are. A power p > 1 puts
+x |x / mean|x||^(p - 1) in place of x. The fixed one has one step for all
 tokens (QSD-Transformer, Qiu et al. 2025):
 
     count = floor(clip(x / step, 0 or -max_count, max_count) + 1/2),  value = step * count
@@ -26,6 +27,17 @@ MIN_THRESHOLD, MAX_THRESHOLD = 1e-5, 1e4
 MIN_K = 1e-3
 # Width of the band around the dead zone's edge that its gradient sees, in units of mean|x|.
 DEAD_ZONE_BAND = 0.2
+
+
+def expand(x: Tensor, power: float) -> Tensor:
+    """sign(x) m |x / m|^power of x [..., C], m the mean |x| of a vector: large entries grow, small
+    ones shrink, and order and sign stay. Differentiable, also at 0.
+    """
+    if power == 1:
+        return x
+    magnitude = x.abs()
+    mean = magnitude.mean(-1, keepdim=True).clamp(min=MIN_THRESHOLD)
+    return torch.copysign((magnitude / mean).pow(power) * mean, x)
 
 
 def integer_counts(

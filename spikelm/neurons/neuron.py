@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spikelm.config import NeuronConfig
 from spikelm.kernels.precision import widen
-from spikelm.neurons.integer import fixed_spike, integer_spike
+from spikelm.neurons.integer import expand, fixed_spike, integer_spike
 from spikelm.neurons.lif import LIFConstants, lif
 from spikelm.neurons.surrogate import fire
 from spikelm.state import LayerState
@@ -106,9 +106,8 @@ class Neuron(nn.Module):
         c = self.config
         kept: LayerState = {}
         if c.kind == "integer" and c.scale == "adaptive":
-            spikes = Spikes(
-                *integer_spike(widen(x), self.k, self.dead_zone, c.max_count, c.unsigned)
-            )
+            x = expand(widen(x), c.power)
+            spikes = Spikes(*integer_spike(x, self.k, self.dead_zone, c.max_count, c.unsigned))
         elif c.kind == "integer":
             spikes = Spikes(*fixed_spike(widen(x), self.step, c.max_count, c.unsigned))
         elif c.kind == "step":
@@ -146,4 +145,5 @@ def _binary(fired: Tensor) -> Spikes:
 
 
 Probe = Callable[[Neuron, Tensor, Spikes], None]
-"""Called by every neuron with its input and its spikes: measuring, penalties, calibration."""
+"""Called by every neuron with its input (expanded by its power) and its spikes: measuring,
+penalties, calibration."""

@@ -100,6 +100,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "rwkv7": RWKV7,
         "neurons": NeuronsConfig(mixer_input=INTEGER, mixer_output=INTEGER, gate_input=INTEGER),
     },
+    "expanding neurons": {
+        "neurons": NeuronsConfig(
+            mixer_input=dataclasses.replace(INTEGER, power=1.5),
+            mixer_output=dataclasses.replace(INTEGER, power=2.0),
+            ffn_hidden=dataclasses.replace(INTEGER, power=1.25, unsigned=True),
+            queries_keys=dataclasses.replace(INTEGER, power=1.5),
+            attention_queries=dataclasses.replace(INTEGER, power=1.5),
+        )
+    },
     "swiglu": {"ffn": GATED},
     "swiglu with a token shift": {"ffn": dataclasses.replace(GATED, token_shift=True)},
     "reglu": {"ffn": FFNConfig(kind="reglu", hidden_dim=24)},

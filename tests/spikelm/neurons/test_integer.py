@@ -6,7 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spikelm.neurons.integer import DEAD_ZONE_BAND, fixed_spike, integer_counts, integer_spike
+from spikelm.neurons.integer import (
+    DEAD_ZONE_BAND,
+    expand,
+    fixed_spike,
+    integer_counts,
+    integer_spike,
+)
 
 
 def tensor(*values: float) -> Tensor:
@@ -153,3 +159,24 @@ def test_a_k_that_fell_too_low_comes_back(start: float) -> None:
         assert grad < 0, "finer counts are nearer"
         k = (k - 0.1 * grad.sign()).detach().requires_grad_()
     assert k > start
+
+
+@given(st.sampled_from([1.0, 1.25, 1.5, 2.0]), st.integers(0, 9))
+def test_a_power_keeps_order_sign_and_scale(power: float, seed: int) -> None:
+    x = torch.randn(3, 17, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x[0, 3] = 0.0
+    y = expand(x, power)
+    mean = x.abs().mean(-1, keepdim=True)
+    torch.testing.assert_close(y, x * (x.abs() / mean) ** (power - 1))
+    torch.testing.assert_close(expand(7 * x, power), 7 * y)
+    assert torch.equal(y.sign(), x.sign())
+    assert torch.equal(y.argsort(), x.argsort())
+
+
+@pytest.mark.parametrize("power", [1.25, 1.5, 2.0])
+def test_a_power_has_a_slope_everywhere(power: float) -> None:
+    x = torch.randn(2, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: expand(x, power), x)
+    zeros = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(expand(zeros, power).sum(), zeros)
+    assert grad.tolist() == [[0, 0, 0], [0, 0, 0]]
