@@ -127,6 +127,26 @@ def test_a_study_from_training_to_table(
     assert len((out / "test-reads.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_teacher_is_trained_first(study: Write, tmp_path: Path, here: list[Path]) -> None:
+    out = tmp_path / "out"
+    taught = {"teacher": "dense", "set": {"distill.weight": 0.5}}
+    variants = {"dense": {"set": {"model.neurons": {}}}, "taught": taught, "alone": {}}
+    command = [str(study(variants=variants, sweeps={})), "--out", str(out)]
+    assert main([*command, "--only", "taught"]) == 0
+    teacher, student = (path.name for path in here)
+    (found,) = results(out).values()
+    assert found["trained"] == f"trained/{student}"
+    assert found["recipe"]["distill"]["teacher"] == f"trained/{teacher}"
+    assert found["error"] is None
+    assert main(command) == 0
+    assert [path.name for path in here] == [teacher, student, here[-1].name]
+    assert found["recipe"] == results(out)["taught"]["recipe"]
+    # Moved, it is still the same study.
+    out.rename(tmp_path / "moved")
+    assert main([command[0], "--out", str(tmp_path / "moved")]) == 0
+    assert len(here) == 3
+
+
 def test_what_was_interrupted_or_failed_is_taken_up_again(
     study: Write,
     tmp_path: Path,

@@ -114,6 +114,14 @@ def test_options_at_their_defaults_change_no_key(study: Write) -> None:
     [
         ({"variant": {}}, "unknown key 'variant'; did you mean 'variants'"),
         ({"variants": {}}, "one variant and one seed at least"),
+        (
+            {"variants": {"dense": {"teacher": "spiking"}, "spiking": {}}},
+            "variant dense: teacher 'spiking' given; allowed: a variant before it; it comes later",
+        ),
+        (
+            {"variants": {"dense": {}, "spiking": {"teacher": "dens"}}},
+            "allowed: a variant before it; did you mean 'dense'",
+        ),
         ({"variants": {"a/b": {}}, "twins": [], "sweeps": {}}, "names are file names"),
         ({"variants": ["dense"]}, "variants: expected keys and values"),
         ({"variants": {"dense": {"bit": 4}}}, "unknown key 'variants.dense.bit'"),

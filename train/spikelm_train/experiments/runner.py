@@ -13,6 +13,7 @@ table.md summary.json bits-*.png   the report
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -37,7 +38,7 @@ from spikelm.tokenizer import Tokenizer
 from spikelm_train.cli import count_parameters
 from spikelm_train.data import META, check_disjoint, prepare
 from spikelm_train.experiments.provenance import provenance
-from spikelm_train.experiments.study import DataFiles, Run, Study, same_recipe
+from spikelm_train.experiments.study import TRAINED, DataFiles, Run, Study, same_recipe
 from spikelm_train.report import read_metrics
 from spikelm_train.resume import Interruption, find, read_position
 
@@ -92,7 +93,7 @@ class Runner:
         found = self.result(run)
         if found is not None:
             return "finished" if found["error"] is None else f"failed: {found['error']}"
-        position = find(self.out / "trained" / run.train_key)
+        position = find(self._trained(run))
         if position is None:
             return "to do"
         at = read_position(position)
@@ -106,7 +107,7 @@ class Runner:
             "seed": run.seed,
             "parameters": count_parameters(run.config.model),
             "tokens": run.config.steps * tokens_per_step(run),
-            "trained": f"trained/{run.train_key}",
+            "trained": f"{TRAINED}/{run.train_key}",
             "result": str(self.file(run).relative_to(self.out)),
         }
 
@@ -130,7 +131,7 @@ class Runner:
         return outcomes.count("failed")
 
     def _execute(self, run: Run) -> Outcome:
-        trained = self.out / "trained" / run.train_key
+        trained = self._trained(run)
         with locked(trained) as lock:
             if lock is None:
                 return "busy"
@@ -159,12 +160,20 @@ class Runner:
         return "failed" if record["error"] else "finished"
 
     def _train(self, run: Run, folder: Path, lock: int) -> dict[str, Any]:
-        """Trains in `folder`, unless that is done; what it cost.
+        """Trains in `folder`, unless that is done, after the teacher; what it cost.
 
         Raises: SpikelmError with the last line of the log if it fails; Interrupted.
         """
         position = find(folder)
         if position is None or not read_position(position).finished:
+            config = run.config
+            if run.teacher is not None:
+                theirs = self._trained(run.teacher)
+                with locked(theirs, wait=True) as their_lock:
+                    assert their_lock is not None
+                    self._train(run.teacher, theirs, their_lock)
+                distill = dataclasses.replace(config.distill, teacher=str(theirs.resolve()))
+                config = dataclasses.replace(config, distill=distill)
             corpus = self.out / "data" / run.corpus_key
             with locked(corpus, wait=True):
                 prepare(run.config, corpus)
@@ -172,7 +181,7 @@ class Runner:
             text = {split: meta[split] for split in ("train", "validation")}
             began = {"text": text, **provenance()}
             recipe = folder.with_suffix(".yaml")
-            save_yaml(run.config, recipe)
+            save_yaml(config, recipe)
             wall, cpu = time.perf_counter(), _children_seconds()
             status = train_process(recipe, folder, corpus, lock)
             session = {
@@ -316,6 +325,9 @@ class Runner:
     def test_reads(self) -> list[dict[str, Any]]:
         """When the test text was read, and for what."""
         return read_lines(self.out / TEST_READS)
+
+    def _trained(self, run: Run) -> Path:
+        return self.out / TRAINED / run.train_key
 
     def _coded(self, run: Run) -> Path:
         return self.out / "coded" / run.key

@@ -28,6 +28,8 @@ from spikelm.corpus import describe_builtin
 from spikelm.errors import ConfigError, DataError, did_you_mean
 from spikelm_train.config import TrainConfig, load_recipe
 
+TRAINED = "trained"
+"""Folder of a study's trained models."""
 _NAME = re.compile(r"[\w.,=+-]+")
 
 
@@ -86,6 +88,8 @@ class VariantConfig:
 
     set: dict[str, Any] = field(default_factory=dict)
     """Keys of the recipe, as `spikelm train --set` takes them, and their values."""
+    teacher: str | None = None
+    """The variant above this one whose model of the same seed `distill` learns from."""
     bits: int = 8
     """Bits of the converted weights."""
     bits_of: dict[str, int] = field(default_factory=dict)
@@ -160,6 +164,8 @@ class Run:
     """bits, bits_of and silence."""
     data_sha256: str
     measure: MeasureConfig
+    teacher: Run | None = None
+    """What `distill.teacher` names: `trained/` and its key."""
 
     @property
     def seed(self) -> int:
@@ -223,6 +229,9 @@ def plan(
                 "data.sources": list(data.train),
                 "data.validation_sources": list(data.validation),
             }
+            teacher = _teacher(name, variant, seen, known)
+            if teacher is not None:
+                overrides["distill.teacher"] = f"{TRAINED}/{teacher.train_key}"
             # Every JSON value is a YAML value.
             assignments = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
             try:
@@ -230,11 +239,25 @@ def plan(
             except ConfigError as error:
                 raise ConfigError(f"variant {name}: {error}") from None
             conversion = {n: getattr(variant, n) for n in ("bits", "bits_of", "silence")}
-            run = Run(name, family, config, conversion, sha256, study.measure)
+            run = Run(name, family, config, conversion, sha256, study.measure, teacher)
             if name == family or run.key != seen[family].key:
                 seen[name] = run
         found += [r for r in seen.values() if not only or r.variant in only or r.family in only]
     return found
+
+
+def _teacher(
+    name: str, variant: VariantConfig, before: Mapping[str, Run], known: Iterable[str]
+) -> Run | None:
+    if variant.teacher is None:
+        return None
+    if variant.teacher not in before:
+        given = variant.teacher
+        why = "it comes later" if given in known else did_you_mean(given, known)
+        raise ConfigError(
+            f"variant {name}: teacher '{given}' given; allowed: a variant before it; {why}"
+        )
+    return before[variant.teacher]
 
 
 def _expand(study: Study) -> Iterable[tuple[str, str, VariantConfig]]:
