@@ -113,8 +113,8 @@ class Meter:
 
 
 class DeadZones:
-    """Probe: histograms of |x| / mean|x|, exact zeros in the first bin; `fired` counts only the
-    entries that spike.
+    """Probe: histograms of |x| / mean|x| (of what x is expanded to), exact zeros in the first bin;
+    `fired` counts only the entries that spike.
     """
 
     def __init__(self, *, fired: bool = False) -> None:
@@ -123,6 +123,7 @@ class DeadZones:
 
     @torch.no_grad()
     def __call__(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
+        x = neuron.expanded(x)
         ratio = x.abs() / x.abs().mean(-1, keepdim=True).clamp(min=1e-12)
         if self.fired:
             ratio = ratio[spikes.values != 0]

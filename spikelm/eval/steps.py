@@ -224,7 +224,7 @@ class Inputs:
 
     def __call__(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
         if neuron is self.neuron and spikes.counts is not None and spikes.v_threshold is not None:
-            size = widen(x[0]).abs()
+            size = widen(neuron.expanded(x[0])).abs()
             ratio = size / size.mean(-1, keepdim=True).clamp(min=1e-12)
             self._parts.append((ratio, spikes.counts[0].int(), spikes.v_threshold[0]))
 

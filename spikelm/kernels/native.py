@@ -25,7 +25,7 @@ from torch import Tensor
 from spikelm.config import NeuronConfig
 
 # That of native/abi.cpp.
-ABI = 9
+ABI = 10
 SURROGATES = ("arctan", "sigmoid", "rectangle", "triangle", "fast_sigmoid", "gaussian")
 """In the order of the enumeration in native/lif.cpp."""
 
@@ -43,6 +43,9 @@ _SIGNATURES = {
         c_double,
         *[c_void_p] * 6,
     ],
+    "spikelm_integer_forward": [*_SIZES[:2], *[c_void_p] * 2, *[c_double] * 4, *[c_void_p] * 3],
+    "spikelm_integer_backward": [*_SIZES[:2], *[c_void_p] * 2, *[c_double] * 5, *[c_void_p] * 3],
+    "spikelm_integer_edges": [*_SIZES[:2], *[c_void_p] * 2, *[c_double] * 3, c_void_p],
     "spikelm_wkv4_forward": [*_SIZES, *[c_void_p] * 9],
     "spikelm_wkv4_backward": [*_SIZES, *[c_void_p] * 16],
 }
@@ -90,7 +93,7 @@ def _call(name: str, dtype: torch.dtype, *arguments: int | float | None) -> None
 
 
 def _by_rows(x: Tensor) -> list[slice]:
-    """The sequences of x [B, T, C] in equal parts, one for each thread worth starting."""
+    """The rows of x, its first axis, in equal parts, one for each thread worth starting."""
     B = x.shape[0]
     parts = max(1, min(torch.get_num_threads(), B, x.numel() // MIN_ELEMENTS))
     edges = [B * i // parts for i in range(parts + 1)]
@@ -203,6 +206,90 @@ def lif_backward(
     _run(parts, kernel)
     of_tau, of_threshold, of_softness = (None if g is None else g.sum(0) for g in grads)
     return grad_x, grad_v, of_tau, of_threshold, of_softness
+
+
+def integer_forward(
+    x: Tensor, dead_zone: Tensor, k: float, power: float, limits: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`neurons.integer.integer_spike` without gradients: x [R, C], dead_zone [C], the lowest and
+    highest count. Returns (values, counts [R, C], v_threshold [R]).
+    """
+    _, C = x.shape
+    d = x.dtype
+    values, counts, v_threshold = torch.empty_like(x), torch.empty_like(x), x.new_empty(x.shape[0])
+
+    def kernel(part: int, rows: slice) -> None:
+        n = rows.stop - rows.start
+        _call(
+            "spikelm_integer_forward",
+            d,
+            *(n, C),
+            _at(x[rows], d, n, C),
+            _at(dead_zone, d, C),
+            *(k, power, *limits),
+            *(_at(y[rows], d, n, C) for y in (values, counts)),
+            _at(v_threshold[rows], d, n),
+        )
+
+    _run(_by_rows(x), kernel)
+    return values, counts, v_threshold
+
+
+def integer_backward(
+    x: Tensor,
+    dead_zone: Tensor,
+    k: float,
+    power: float,
+    limits: tuple[float, float],
+    band: float,
+    grad: Tensor,
+    learned: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x [R, C] and, if `learned`, of dead_zone [C], from those of the values."""
+    _, C = x.shape
+    d = x.dtype
+    parts = _by_rows(x)
+    grad_x = torch.empty_like(x)
+    grad_zone = x.new_zeros(len(parts), C) if learned else None
+
+    def kernel(part: int, rows: slice) -> None:
+        n = rows.stop - rows.start
+        _call(
+            "spikelm_integer_backward",
+            d,
+            *(n, C),
+            _at(x[rows], d, n, C),
+            _at(dead_zone, d, C),
+            *(k, power, *limits, band),
+            *(_at(y[rows], d, n, C) for y in (grad, grad_x)),
+            _at(None if grad_zone is None else grad_zone[part], d, C),
+        )
+
+    _run(parts, kernel)
+    return grad_x, None if grad_zone is None else grad_zone.sum(0)
+
+
+def integer_edges(x: Tensor, dead_zone: Tensor, power: float, lowest: float, band: float) -> Tensor:
+    """`neurons.integer.edge_counts` [C] of x [R, C]."""
+    _, C = x.shape
+    d = x.dtype
+    parts = _by_rows(x)
+    near = x.new_zeros(len(parts), C)
+
+    def kernel(part: int, rows: slice) -> None:
+        n = rows.stop - rows.start
+        _call(
+            "spikelm_integer_edges",
+            d,
+            *(n, C),
+            _at(x[rows], d, n, C),
+            _at(dead_zone, d, C),
+            *(power, lowest, band),
+            _at(near[part], d, C),
+        )
+
+    _run(parts, kernel)
+    return near.sum(0)
 
 
 def wkv4_forward(

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikelm.kernels import native
+
 MIN_THRESHOLD, MAX_THRESHOLD = 1e-5, 1e4
 # A learned k must not reach 0; below this the gradient is that of this k, so it can come back.
 MIN_K = 1e-3
@@ -68,8 +70,24 @@ def near_edge(x: Tensor, dead_zone: Tensor) -> Tensor:
     return (magnitude - dead_zone * mean).abs() < DEAD_ZONE_BAND / 2 * mean
 
 
+@torch.no_grad()
+def edge_counts(x: Tensor, dead_zone: Tensor, unsigned: bool, power: float = 1.0) -> Tensor:
+    """How many vectors of x [..., C] stand near the edge in each channel [C]: the slope of its
+    silence in the dead zone. Of unsigned neurons only what is above 0 can fire.
+    """
+    if native.serves(x) and x.numel() > 0:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        low, zone = 0.0 if unsigned else -math.inf, dead_zone.to(x.dtype).contiguous()
+        return native.integer_edges(rows, zone, power, low, DEAD_ZONE_BAND)
+    x = expand(x, power)
+    near = near_edge(x, dead_zone)
+    if unsigned:
+        near &= x > 0
+    return near.flatten(0, -2).sum(0).to(x.dtype)
+
+
 class _IntegerSpike(torch.autograd.Function):
-    """value = v_threshold * count; see `integer_spike` for the gradients."""
+    """value = v_threshold * count; see `integer_spike` for the gradients. The reference."""
 
     @staticmethod
     def forward(
@@ -117,8 +135,38 @@ class _IntegerSpike(torch.autograd.Function):
         return grad_x, grad_k, grad_zone, None, None
 
 
+class _NativeSpike(torch.autograd.Function):
+    """The same in compiled form, power included; k is not trained here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dead_zone: Tensor, k: float, power: float, limits: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        ctx.settings = k, power, limits
+        ctx.save_for_backward(rows, dead_zone)
+        values, counts, v_threshold = native.integer_forward(rows, dead_zone, k, power, limits)
+        ctx.mark_non_differentiable(counts, v_threshold)
+        return values.view_as(x), counts.view_as(x), v_threshold.view(*x.shape[:-1], 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+        rows, dead_zone = ctx.saved_tensors
+        grad = grads[0].reshape(rows.shape).contiguous()
+        k, power, limits = ctx.settings
+        grad_x, grad_zone = native.integer_backward(
+            rows, dead_zone, k, power, limits, DEAD_ZONE_BAND, grad, ctx.needs_input_grad[1]
+        )
+        return grad_x.view_as(grads[0]), grad_zone, None, None, None
+
+
 def integer_spike(
-    x: Tensor, k: Tensor, dead_zone: Tensor, max_count: int | None, unsigned: bool
+    x: Tensor,
+    k: Tensor,
+    dead_zone: Tensor,
+    max_count: int | None,
+    unsigned: bool,
+    power: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(values, counts, v_threshold) of x [..., C]; gradients reach x, k and dead_zone.
 
@@ -127,7 +175,19 @@ def integer_spike(
     count - x / v_threshold for rounded entries, the count for clipped ones, 0 in the dead zone.
     dead_zone: d/d theta of value [|x| > theta] with a rectangle of width DEAD_ZONE_BAND in place
     of the delta function (JumpReLU, Rajamanoharan et al. 2024).
+
+    Compiled on the CPU, unless k is trained.
     """
+    if native.serves(x) and x.numel() > 0 and not (torch.is_grad_enabled() and k.requires_grad):
+        values, counts, v_threshold = _NativeSpike.apply(  # type: ignore[no-untyped-call]
+            x,
+            dead_zone.to(x.dtype).contiguous(),
+            max(k.item(), MIN_K),
+            power,
+            _limits(max_count, unsigned),
+        )
+        return values, counts, v_threshold
+    x = expand(x, power)
     if not torch.is_grad_enabled():
         counts, v_threshold = integer_counts(x, k, dead_zone, max_count, unsigned)
         return counts * v_threshold, counts, v_threshold

@@ -106,8 +106,9 @@ class Neuron(nn.Module):
         c = self.config
         kept: LayerState = {}
         if c.kind == "integer" and c.scale == "adaptive":
-            x = expand(widen(x), c.power)
-            spikes = Spikes(*integer_spike(x, self.k, self.dead_zone, c.max_count, c.unsigned))
+            spikes = Spikes(
+                *integer_spike(widen(x), self.k, self.dead_zone, c.max_count, c.unsigned, c.power)
+            )
         elif c.kind == "integer":
             spikes = Spikes(*fixed_spike(widen(x), self.step, c.max_count, c.unsigned))
         elif c.kind == "step":
@@ -124,11 +125,16 @@ class Neuron(nn.Module):
         else:
             spikes = Spikes(x, None, None)
         if self.training and self.spiking < 1:
-            values = torch.lerp(x.to(spikes.values.dtype), spikes.values, self.spiking)
+            passed = self.expanded(x).to(spikes.values.dtype)
+            values = torch.lerp(passed, spikes.values, self.spiking)
             spikes = spikes._replace(values=values)
         if probe is not None:
             probe(self, x, spikes)
         return spikes, kept
+
+    def expanded(self, x: Tensor) -> Tensor:
+        """What becomes counts in place of x, and what the dead zone is measured on."""
+        return x if self.config.power == 1 else expand(widen(x), self.config.power)
 
     def constants(self, like: Tensor) -> LIFConstants:
         """tau, threshold and softness of a LIF neuron: [C] as trained, or as configured."""
@@ -145,5 +151,4 @@ def _binary(fired: Tensor) -> Spikes:
 
 
 Probe = Callable[[Neuron, Tensor, Spikes], None]
-"""Called by every neuron with its input (expanded by its power) and its spikes: measuring,
-penalties, calibration."""
+"""Called by every neuron with its input and its spikes: measuring, penalties, calibration."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spikelm.config import TENSOR_CLASSES, WEIGHTLESS_CLASSES
 from spikelm.neurons import Neuron, Spikes
-from spikelm.neurons.integer import near_edge
+from spikelm.neurons.integer import edge_counts
 from spikelm_train.stages import ramp
 
 MIN_DEAD_ZONE, MAX_DEAD_ZONE = 1e-3, 1e2
@@ -71,11 +71,9 @@ class Silence:
         if self.measure_all and limit is not None and spikes.counts is not None:
             self._add(self._clipped, name, (spikes.counts.detach().abs() >= limit).sum())
         if _shaped(neuron):
-            x = x.detach().float()
-            near = near_edge(x, neuron.dead_zone.detach())
-            if neuron.config.unsigned:
-                near &= x > 0
-            self._add(self._near, name, near.flatten(0, -2).sum(0).float())
+            c = neuron.config
+            near = edge_counts(x.detach().float(), neuron.dead_zone.detach(), c.unsigned, c.power)
+            self._add(self._near, name, near)
 
     @staticmethod
     def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:

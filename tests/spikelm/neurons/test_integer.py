@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spikelm.kernels import native
 from spikelm.neurons.integer import (
     DEAD_ZONE_BAND,
+    edge_counts,
     expand,
     fixed_spike,
     integer_counts,
@@ -180,3 +182,59 @@ def test_a_power_has_a_slope_everywhere(power: float) -> None:
     zeros = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(expand(zeros, power).sum(), zeros)
     assert grad.tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="no native kernels")
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 3, 17), (4, 7, 2, 33), (700, 800)])
+@pytest.mark.parametrize("power", [1.0, 1.3, 1.5, 2.0])
+@pytest.mark.parametrize(("max_count", "unsigned"), [(None, False), (3, False), (5, True)])
+def test_compiled_spikes_are_the_reference(
+    shape: tuple[int, ...],
+    power: float,
+    max_count: int | None,
+    unsigned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    x[..., ::3] *= 4
+    if len(shape) == 3:
+        x[0, 1] = 0.0
+        x[1, 2, 3] = 0.0
+    zone = torch.rand(shape[-1], dtype=torch.float64)
+    grad = torch.randn(shape, dtype=torch.float64)
+
+    def run() -> list[Tensor]:
+        own, edge = x.clone().requires_grad_(), zone.clone().requires_grad_()
+        values, counts, v = integer_spike(own, K3, edge, max_count, unsigned, power)
+        values.backward(grad)
+        assert own.grad is not None
+        assert edge.grad is not None
+        with torch.no_grad():
+            again = integer_spike(x, K3, zone, max_count, unsigned, power)
+        assert all(torch.equal(a, b) for a, b in zip((values, counts, v), again, strict=True))
+        near = edge_counts(x, zone, unsigned, power)
+        return [values.detach(), counts, v, own.grad, edge.grad, near]
+
+    monkeypatch.setenv("SPIKELM_NATIVE", "1")
+    found = run()
+    monkeypatch.setenv("SPIKELM_NATIVE", "0")
+    expected = run()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("native_code", ["1", "0"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(
+    native_code: str, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPIKELM_NATIVE", native_code)
+    x = torch.randn(2, 40)
+    x[1, 7] = bad
+    for power in (1.0, 1.5):
+        values, _, _ = integer_spike(
+            x, torch.tensor(3.0), torch.full((40,), 0.5), 127, False, power
+        )
+        assert values[0].isfinite().all()
+        assert not values[1].isfinite().all()
