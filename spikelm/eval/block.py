@@ -42,6 +42,8 @@ TOLERANCE = 1e-8
 Form = Literal["shipped", "torch", "token_loop", "one_token_calls"]
 Dtype = Literal["float32", "bfloat16"]
 FORMS: tuple[Form, ...] = get_args(Form)
+NO_NEURONS = "no_neurons"
+"""The shipped form of the same layer without its neurons: another function, timed beside them."""
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
 _log = logging.getLogger(__name__)
@@ -64,8 +66,9 @@ def bench_block(
     shipped: the fastest form there is. torch: without native code; left out where the layer has
     none. token_loop: recurrences and LIF neurons one token after the other, everything else for
     all tokens at once. one_token_calls: the layer called as in decode, once per token, and the
-    gradient taken back through all calls; it sees `call_tokens` tokens (`tokens`). `dtype`
-    bfloat16 is autocast.
+    gradient taken back through all calls; it sees `call_tokens` tokens (`tokens`). no_neurons: the
+    shipped form of the layer's dense twin, where the layer has neurons. `dtype` bfloat16 is
+    autocast.
 
     Raises: ConfigError for an unknown model, one without a recurrent mixer, or a number that is
     not positive; BackendError if the forms do not agree in every output and gradient.
@@ -83,16 +86,19 @@ def bench_block(
     forms = [f for f in FORMS if f != "torch" or _runs_natively(config.mixers[index], layer)]
     difference = check(layer, config.width, forms)
     layer.float()
-    lengths: dict[Form, int] = {f: call_tokens if f == "one_token_calls" else tokens for f in forms}
-    seconds: dict[Form, list[float]] = {form: [] for form in forms}
+    timed: dict[str, tuple[Layer, Form]] = {form: (layer, form) for form in forms}
+    if any(isinstance(m, Neuron) and m.config.kind != "off" for m in layer.modules()):
+        timed[NO_NEURONS] = _build(config.dense_twin(), index).float(), "shipped"
+    lengths = {name: call_tokens if name == "one_token_calls" else tokens for name in timed}
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
     for repeat in range(repeats):
-        for form in forms:
-            x, grad = _draw(batch, lengths[form], config.width, torch.float32)
+        for name, (timed_layer, form) in timed.items():
+            x, grad = _draw(batch, lengths[name], config.width, torch.float32)
             start = perf_counter()
-            run(layer, x, grad, form, dtype)
-            seconds[form].append(perf_counter() - start)
-            _log.info("run %d/%d, %s: %.2f s", repeat + 1, repeats, form, seconds[form][-1])
-    rates = {f: batch * lengths[f] / statistics.median(seconds[f]) for f in forms}
+            run(timed_layer, x, grad, form, dtype)
+            seconds[name].append(perf_counter() - start)
+            _log.info("run %d/%d, %s: %.2f s", repeat + 1, repeats, name, seconds[name][-1])
+    rates = {name: batch * lengths[name] / statistics.median(seconds[name]) for name in timed}
     return {
         "model": model,
         "layer": index,
@@ -107,13 +113,13 @@ def bench_block(
         "largest_difference": difference,
         "measurements": [
             {
-                "form": form,
-                "tokens": lengths[form],
-                "seconds": seconds[form],
-                "tokens_per_second": rates[form],
-                "shipped_over_this": rates["shipped"] / rates[form],
+                "form": name,
+                "tokens": lengths[name],
+                "seconds": seconds[name],
+                "tokens_per_second": rates[name],
+                "shipped_over_this": rates["shipped"] / rates[name],
             }
-            for form in forms
+            for name in timed
         ],
     }
 
@@ -209,9 +215,14 @@ def _draw(B: int, T: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _runs_natively(mixer: str, layer: Layer) -> bool:
-    """Whether native code can be part of the shipped form: wkv4 and LIF have some."""
-    lif = any(isinstance(m, Neuron) and m.config.kind == "lif" for m in layer.modules())
-    return native.unavailable() is None and (mixer == "wkv4" or lif)
+    """Whether native code can be part of the shipped form: wkv4, LIF and adaptive integer neurons
+    have some.
+    """
+    neurons = [m.config for m in layer.modules() if isinstance(m, Neuron)]
+    compiled = any(
+        c.kind == "lif" or (c.kind == "integer" and c.scale == "adaptive") for c in neurons
+    )
+    return native.unavailable() is None and (mixer == "wkv4" or compiled)
 
 
 Swap = tuple[ModuleType, str, Callable[..., Any]]

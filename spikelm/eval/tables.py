@@ -198,6 +198,7 @@ FORM_TITLES = {
     "torch": "without native code",
     "token_loop": "recurrences token by token",
     "one_token_calls": "one token per call",
+    "no_neurons": "without neurons",
 }
 
 

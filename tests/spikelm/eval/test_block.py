@@ -80,7 +80,7 @@ def test_report_has_medians_of_runs_in_turns(
     monkeypatch.setattr(block, "run", run)
     monkeypatch.setattr(block, "perf_counter", lambda: clock[0])
     options: Any = {"batch": 2, "tokens": 6, "call_tokens": 4, "repeats": 3, "dtype": "bfloat16"}
-    report = bench_block(write(MODELS["delta"]), **options)
+    report = bench_block(write(MODELS["rwkv7"]), **options)
     assert calls == 3 * [("shipped", 6), ("token_loop", 6), ("one_token_calls", 4)]
     rates = {m["form"]: m["tokens_per_second"] for m in report["measurements"]}
     assert rates == {"shipped": 2 * 6 / 2, "token_loop": 2 * 6 / 4, "one_token_calls": 2 * 4 / 8}
@@ -106,8 +106,26 @@ def test_forms_use_what_they_say(
     assert used["shipped"] > 0
     assert (used["torch"], used["token_loop"]) == (0, 0)
     report = bench_block(write(MODELS["wkv4"]), batch=1, tokens=8, repeats=1)
-    assert [m["form"] for m in report["measurements"]] == list(FORMS)
+    assert [m["form"] for m in report["measurements"]] == [*FORMS, "no_neurons"]
     assert block.wkv4.wkv4.__module__ == "spikelm.kernels.wkv4", "swapped back"
+
+
+def test_what_neurons_cost(write: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    neurons = []
+    monkeypatch.setattr(block, "run", lambda layer, *_: neurons.append(spiking(layer)))
+    monkeypatch.setattr(block, "check", lambda *_: 0.0)
+
+    def spiking(layer: torch.nn.Module) -> int:
+        found = (m for m in layer.modules() if isinstance(m, block.Neuron))
+        return sum(neuron.config.kind != "off" for neuron in found)
+
+    report = bench_block(write(MODELS["delta"]), tokens=3, repeats=1)
+    assert report["measurements"][-1]["form"] == "no_neurons"
+    assert report["native"]["in_layer"] is (native.unavailable() is None)
+    *with_neurons, without = neurons
+    # Mixer input, queries and keys.
+    assert set(with_neurons) == {3}
+    assert without == 0
 
 
 def test_no_times_of_different_results(
