@@ -106,9 +106,10 @@ class Neuron(nn.Module):
         c = self.config
         kept: LayerState = {}
         if c.kind == "integer" and c.scale == "adaptive":
-            spikes = Spikes(
-                *integer_spike(widen(x), self.k, self.dead_zone, c.max_count, c.unsigned, c.power)
-            )
+            # Whoever loaded the parameters may have marked all of them as trained.
+            k = self.k if c.learn is True else self.k.detach()
+            zone = self.dead_zone if c.learn else self.dead_zone.detach()
+            spikes = Spikes(*integer_spike(widen(x), k, zone, c.max_count, c.unsigned, c.power))
         elif c.kind == "integer":
             spikes = Spikes(*fixed_spike(widen(x), self.step, c.max_count, c.unsigned))
         elif c.kind == "step":

@@ -79,7 +79,8 @@ def test_builtin_is_the_same_in_another_process_and_quick() -> None:
     sha256, has_torch, seconds = run.stdout.split()
     assert sha256 == describe_builtin()["sha256"]
     assert has_torch == "False"
-    assert float(seconds) < 4
+    # Some 2 on a quiet machine.
+    assert float(seconds) < 8
     start = time.perf_counter()
     builtin_documents("train").clear()
     assert builtin_documents("train")
