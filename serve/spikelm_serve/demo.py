@@ -36,10 +36,9 @@ def main(argv: list[str]) -> int:
     spiking, dense, spikes = (args.out / name for name in ("spiking", "dense", "spikes"))
     overrides = [word for assignment in args.set for word in ("--set", assignment)]
     try:
-        title("Train a dense model, then the spiking one of the same shape, which learns from it")
+        title("Train the spiking model, then its dense twin of the same shape")
+        spikelm("train", "demo", "--out", spiking, *overrides)
         spikelm("train", "demo-dense", "--out", dense, *overrides)
-        taught = ("--set", f"distill.teacher={dense}")
-        spikelm("train", "demo", "--out", spiking, *taught, *overrides)
         title("Convert: integer weights, read only for the neurons that fired")
         if is_current(spikes / WEIGHTS, spiking / WEIGHTS):
             print(f"{spikes} is newer than {spiking}: kept")

@@ -99,6 +99,6 @@ def test_failing_step_stops_the_demo(tmp_path: Path, capfd: pytest.CaptureFixtur
         demo.main(["--out", str(tmp_path), "--set", "no.such.key=1"])
     assert info.value.code == 1
     out, err = capfd.readouterr()
-    assert f"$ spikelm train demo-dense --out {tmp_path}/dense --set no.such.key=1" in out
+    assert f"$ spikelm train demo --out {tmp_path}/spiking --set no.such.key=1" in out
     assert "spikelm: error: unknown key" in err
     assert "failed with status 2" in err
