@@ -831,8 +831,8 @@ INLINE void rotate(float* out, const float* x, std::int64_t K, std::int64_t posi
 }
 
 // size: H, G, K, W (0: as many slots as there are), sinks, gates per head, max_count, unsigned,
-// packed; at: q k v and gates, out; state: k, v, sink_k, sink_v; number: norm eps, 0, 0, k and power of the
-// queries' neuron (0: off); data: bias of q k v, frequencies (none: no position code), query and
+// packed; at: q k v and gates, out; state: k, v, sink_k, sink_v; number: norm eps, 0, 0, k and power
+// of the queries' neuron (0: off); data: bias of q k v, frequencies (none: no position code), query and
 // key norm, dead zone of the queries. Keys and values are floats [K], or `packed` int8 [K] and a
 // float scale.
 INLINE std::int64_t slots(const Op& op, const Row& row) {
