@@ -54,3 +54,21 @@ INLINE float exponential(float x) {
 }
 
 INLINE double exponential(double x) { return std::exp(x); }
+
+constexpr int LANES = 16;
+
+// Sums of term(i) in lanes, as a float sum in order would not vectorise.
+template <typename T = float, typename F>
+INLINE T summed(std::int64_t n, F term) {
+    T lanes[LANES] = {};
+    const std::int64_t whole = n / LANES * LANES;
+    for (std::int64_t i = 0; i < whole; i += LANES)
+        for (int l = 0; l < LANES; l++)
+            lanes[l] += term(i + l);
+    for (std::int64_t i = whole; i < n; i++)
+        lanes[i - whole] += term(i);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int l = 0; l < width; l++)
+            lanes[l] += lanes[l + width];
+    return lanes[0];
+}

@@ -104,24 +104,6 @@ struct Program {
     std::atomic<int> broken{-1};
 };
 
-constexpr int LANES = 16;
-
-// Sums in lanes, as a float sum in order would not vectorise.
-template <typename F>
-INLINE float summed(std::int64_t n, F term) {
-    float lanes[LANES] = {};
-    const std::int64_t whole = n / LANES * LANES;
-    for (std::int64_t i = 0; i < whole; i += LANES)
-        for (int l = 0; l < LANES; l++)
-            lanes[l] += term(i + l);
-    for (std::int64_t i = whole; i < n; i++)
-        lanes[i - whole] += term(i);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int l = 0; l < width; l++)
-            lanes[l] += lanes[l + width];
-    return lanes[0];
-}
-
 INLINE void prefetch([[maybe_unused]] const float* at) {
 #if defined(__GNUC__)
     __builtin_prefetch(at, 0, 2);

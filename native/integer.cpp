@@ -7,24 +7,6 @@
 
 #include "common.h"
 
-constexpr int LANES = 16;
-
-// Sums in lanes, as a sum in order would not vectorise.
-template <typename T, typename F>
-INLINE T summed(std::int64_t n, F term) {
-    T lanes[LANES] = {};
-    const std::int64_t whole = n / LANES * LANES;
-    for (std::int64_t i = 0; i < whole; i += LANES)
-        for (int l = 0; l < LANES; l++)
-            lanes[l] += term(i + l);
-    for (std::int64_t i = whole; i < n; i++)
-        lanes[i - whole] += term(i);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int l = 0; l < width; l++)
-            lanes[l] += lanes[l + width];
-    return lanes[0];
-}
-
 // What all rows share.
 template <typename T>
 struct Neuron {

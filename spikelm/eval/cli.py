@@ -274,7 +274,8 @@ def _add_contest(parser: argparse.ArgumentParser) -> None:
         "--against",
         default="dense",
         metavar="NAMES",
-        help="dense, llama.cpp, transformers, rwkv; several with commas (%(default)s)",
+        help="dense, llama.cpp, transformers (a Transformer with as many parameters), rwkv; "
+        "several with commas (%(default)s)",
     )
     parser.add_argument("--rounds", type=int, default=4, help="of turns (%(default)s)")
     parser.add_argument(

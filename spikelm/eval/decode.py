@@ -26,7 +26,13 @@ from spikelm.config import (
     NeuronsConfig,
 )
 from spikelm.errors import ConfigError, did_you_mean
-from spikelm.eval.gguf import Quantisation, bytes_read, write_gguf
+from spikelm.eval.gguf import (
+    Quantisation,
+    bytes_read,
+    kind_of,
+    transformer_twin,
+    write_gguf,
+)
 from spikelm.eval.kernel import random_counts, shape_of, spread
 from spikelm.eval.load import busy
 from spikelm.eval.peers import (
@@ -84,7 +90,8 @@ def bench_decode(
     A step decodes a token for each of `batch` sequences, and a token's time is its share of that;
     other programs than ours take part with one sequence only.
 
-    Other programs run a model of the same shape, or of `peer_model`'s.
+    Other programs run a model of the same shape, or of `peer_model`'s; transformers, which has no
+    RWKV-7, a Transformer with as many parameters.
 
     With `load`, every round is run once more while so many other processes each keep a core busy,
     and `slowdown` says what that does to everyone.
@@ -142,6 +149,7 @@ def contest(
     _check(silence, hidden_silence, bits, threads, against, rounds, tokens)
     _at_least("load", load, 0)
     config, theirs = shape_of(preset), shape_of(peer_model or preset)
+    _check_peers(against, theirs)
     results: dict[str, list[tuple[float, float]]] = {}
     loaded: dict[str, list[tuple[float, float]]] = {}
     rates: list[dict[str, float]] = []
@@ -222,7 +230,9 @@ def _peer(
         llama = LlamaCpp(file, threads, context=max(4096, context), bytes_per_token=read)
         return f"{name} {quantisation}", llama
     if name == "transformers":
-        return name, Transformers(shape, threads)
+        # It has no RWKV-7.
+        twin = transformer_twin(shape) if kind_of(shape) == "rwkv7" else shape
+        return name, Transformers(twin, threads)
     file = folder / "model.pth"
     write_pth(file, shape)
     return name, Rwkv(file, threads)
@@ -290,6 +300,19 @@ def _check(
     for peer in against:
         if peer not in PEERS:
             raise ConfigError(f"against: '{peer}' given; {did_you_mean(peer, PEERS)}")
+
+
+def _check_peers(against: Sequence[str], shape: ModelConfig) -> None:
+    """Whether other programs have such layers, before anything is built."""
+    others = [peer for peer in against if peer != "dense"]
+    if not others:
+        return
+    try:
+        kind = kind_of(shape)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; give {', '.join(others)} another one: --peer-model") from None
+    if "rwkv" in others and kind != "rwkv7":
+        raise ConfigError("the rwkv package reads shapes with rwkv7 layers; leave it out")
 
 
 def _at_least(name: str, count: int, low: int) -> None:
