@@ -13,7 +13,8 @@ import yaml
 
 from spikelm_train.config import load_recipe
 from spikelm_train.data import prepare
-from spikelm_train.loop import Trainer, make_accelerator
+from spikelm_train.loop import Trainer
+from spikelm_train.parallel import make_accelerator
 from spikelm_train.resume import claim
 
 RECIPE: dict[str, Any] = {

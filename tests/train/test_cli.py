@@ -14,6 +14,7 @@ import yaml
 from spikelm import checkpoint
 from spikelm.cli import main as spikelm
 from spikelm.tokenizer import Tokenizer
+from spikelm_train.checkpoints import kept_steps
 from spikelm_train.cli import build_parser, count_parameters, describe, main
 from spikelm_train.config import load_recipe
 from spikelm_train.data import prepare
@@ -183,7 +184,7 @@ def test_signals_leave_a_checkpoint_to_continue_from(recipe: Recipe, tmp_path: P
         shown += process.communicate(timeout=60)[0]
         assert process.returncode == status, shown
         assert "run the same command again to continue" in shown
-        steps.append(json.loads((out / "checkpoint" / "position.json").read_text())["step"])
+        steps.append(kept_steps(out)[-1])
         assert f"stopped after step {steps[-1]};" in shown
     assert 0 < steps[0] < steps[1]
     assert [record["step"] for record in read_metrics(out)] == list(range(1, steps[1] + 1))

@@ -155,12 +155,13 @@ def test_resume_is_exact(make: Make, teach: Teach, wider: bool) -> None:
     before.distillation.record(before.out / "teacher.json")
     first = losses(before, 3)
     before.save(1.5)
+    before.writer.finish()
     after = make(*settings, out="resumed")
     position = claim(after.out, after.config, fresh=False, num_processes=1)
     assert position is not None
     after.load(position)
     assert first + losses(after, 3) == expected
-    for part in ("module", "optimizer", "distillation.map"):
+    for part in ("module", "parallel.optimizer", "distillation.map"):
         a, b = straight, after
         for name in part.split("."):
             a, b = getattr(a, name), getattr(b, name)

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from spikelm.errors import CheckpointError, ConfigError, SpikelmError
-from spikelm_train import loop
+from spikelm_train import loop, parallel
+from spikelm_train.checkpoints import find
 from spikelm_train.config import TrainConfig, load_recipe
 from spikelm_train.data import make_batch
-from spikelm_train.loop import Trainer, make_accelerator, resolve_precision
+from spikelm_train.loop import Trainer
+from spikelm_train.parallel import make_accelerator, resolve_precision
 from spikelm_train.report import read_metrics
-from spikelm_train.resume import claim, find
+from spikelm_train.resume import claim
 
 Make = Callable[..., Trainer]
 
@@ -50,13 +52,14 @@ def test_resume_is_exact(make: Make, settings: tuple[str, ...]) -> None:
     before = make(*settings, out="resumed")
     first = train_steps(before, 3)
     before.save(1.5)
+    before.writer.finish()
     after = make(*settings, out="resumed")
     position = claim(after.out, after.config, fresh=False, num_processes=1)
     assert position is not None
     after.load(position)
     assert first + train_steps(after, 5) == losses
     assert_same(straight, after)
-    left, right = straight.optimizer.state_dict(), after.optimizer.state_dict()
+    left, right = straight.parallel.state(), after.parallel.state()
     torch.testing.assert_close(left, right, rtol=0, atol=0)
 
 
@@ -83,14 +86,14 @@ def test_warm_up_and_decay_reach_the_optimizer(make: Make) -> None:
     rates = []
     for _ in range(10):
         trainer.advance(0.0)
-        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        rates.append(trainer.parallel.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.1, 0.3, 0.5, 0.7, 0.9, 1, 1, 1, 1, 1])
 
 
 def test_neurons_learn_at_their_factor_of_the_rate(make: Make) -> None:
     trainer = make("model.neurons.ffn_hidden.learn=true", "optim.neuron_lr=0.1")
     trainer.advance(0.0)
-    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    rates = [group["lr"] for group in trainer.parallel.optimizer.param_groups]
     assert rates[:2] == [rates[0]] * 2
     assert rates[2] == pytest.approx(0.1 * rates[0])
 
@@ -143,6 +146,7 @@ def test_non_finite_loss_stops_before_the_update(make: Make) -> None:
     trainer = make()
     train_steps(trainer, 2)
     trainer.save(0.0)
+    trainer.writer.finish()
     with torch.no_grad():
         trainer.module.norm.weight[0] = math.nan
     before = trainer.module.embedding.weight.clone()
@@ -153,13 +157,16 @@ def test_non_finite_loss_stops_before_the_update(make: Make) -> None:
     assert find(trainer.out) is not None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin"])
+@pytest.mark.parametrize("name", ["state.pt", "rank-0.pt"])
 @pytest.mark.parametrize("size", [0, 100, 1000])
 def test_damaged_checkpoint_is_one_clear_line(make: Make, name: str, size: int) -> None:
     trainer = make()
     trainer.advance(0.0)
     trainer.save(0.0)
-    damaged = trainer.out / "checkpoint" / name
+    trainer.writer.finish()
+    found = find(trainer.out)
+    assert found is not None
+    damaged = found / name
     damaged.write_bytes(damaged.read_bytes()[:size])
     position = claim(trainer.out, trainer.config, fresh=False, num_processes=1)
     assert position is not None
@@ -172,7 +179,7 @@ def test_resolve_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for bf16 in (False, True):
         flags = {"avx512_bf16": bf16, "amx": False}
-        monkeypatch.setattr(loop, "cpu_flags", lambda flags=flags: flags)
+        monkeypatch.setattr(parallel, "cpu_flags", lambda flags=flags: flags)
         assert resolve_precision("auto") == ("bf16" if bf16 else "fp32")
     assert resolve_precision("bf16") == "bf16"
     assert resolve_precision("fp32") == "fp32"

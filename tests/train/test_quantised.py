@@ -62,6 +62,7 @@ def test_resume_is_exact(make: Make, stop: int) -> None:
     before = make(*FOUR, out="resumed")
     first = losses(before, stop)
     before.save(1.5)
+    before.writer.finish()
     after = make(*FOUR, out="resumed")
     position = claim(after.out, after.config, fresh=False, num_processes=1)
     assert position is not None

@@ -2,24 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spikelm.cli import main
 from spikelm.errors import CheckpointError, ConfigError
+from spikelm_train.checkpoints import Position, Writer, find, kept_steps, load, read_position
 from spikelm_train.config import TrainConfig, load_recipe
-from spikelm_train.resume import (
-    Interruption,
-    Position,
-    claim,
-    find,
-    read_position,
-    replace,
-)
+from spikelm_train.resume import Interruption, claim
 
 
 @pytest.fixture
@@ -27,11 +23,18 @@ def config(recipe: Callable[..., Path]) -> TrainConfig:
     return load_recipe(str(recipe()))
 
 
-def checkpoint(out: Path, step: int, text: str = "weights") -> None:
-    def write(folder: str) -> None:
-        (Path(folder) / "state").write_text(text)
+def checkpoint(out: Path, step: int, text: str = "weights", **position: Any) -> None:
+    writer = Writer(out, 0, 2, lambda: None)
+    place = Position(step=step, rows=position.pop("rows", 4), **position)
+    writer.begin(place, {"text": text}, {}, lambda folder: None)
+    writer.finish()
+    writer.close()
 
-    replace(out, Position(step=step), write, is_main=True, wait=lambda: None)
+
+def text_of(out: Path) -> str:
+    found = find(out)
+    assert found is not None
+    return str(load(found, 0)[0]["text"])
 
 
 def test_claim_makes_the_folder_and_keeps_the_recipe(tmp_path: Path, config: TrainConfig) -> None:
@@ -53,9 +56,37 @@ def test_claim_continues_the_same_recipe_only(tmp_path: Path, config: TrainConfi
     changed = dataclasses.replace(config, optim=optim, seed=3)
     with pytest.raises(ConfigError, match=r"optim.lr, seed.*--out.*--fresh"):
         claim(tmp_path, changed, fresh=False, num_processes=1)
-    with pytest.raises(ConfigError, match="begun on 1 process"):
-        claim(tmp_path, config, fresh=False, num_processes=2)
-    assert find(tmp_path) is not None
+    assert kept_steps(tmp_path) == [7]
+
+
+def test_other_processes_share_the_rows_out_equally(tmp_path: Path, config: TrainConfig) -> None:
+    claim(tmp_path, config, fresh=False, num_processes=3)
+    checkpoint(tmp_path, 7, rows=24, num_processes=3)
+    for count in (1, 2, 6):
+        assert claim(tmp_path, config, fresh=False, num_processes=count) is not None
+    with pytest.raises(ConfigError, match=r"24 sequences a step; 4 .*allowed: 1, 2, 3, 6 process"):
+        claim(tmp_path, config, fresh=False, num_processes=4)
+    with pytest.raises(ConfigError, match="begun without sharding.*spikelm export"):
+        claim(tmp_path, config, fresh=False, num_processes=1, strategy="shards")
+
+
+def test_deepspeed_continues_on_as_many_processes(tmp_path: Path, config: TrainConfig) -> None:
+    claim(tmp_path, config, fresh=False, num_processes=2)
+    checkpoint(tmp_path, 7, rows=8, num_processes=2, strategy="zero")
+    assert claim(tmp_path, config, fresh=False, num_processes=2, strategy="zero") is not None
+    with pytest.raises(ConfigError, match="begun on 2 process"):
+        claim(tmp_path, config, fresh=False, num_processes=1, strategy="zero")
+
+
+def test_claim_continues_at_a_step(tmp_path: Path, config: TrainConfig) -> None:
+    claim(tmp_path, config, fresh=False, num_processes=1)
+    for step in (5, 6, 7):
+        checkpoint(tmp_path, step)
+    position = claim(tmp_path, config, fresh=False, num_processes=1, step=6)
+    assert position is not None
+    assert position.step == 6
+    with pytest.raises(ConfigError, match="no checkpoint of step 5; kept: 6, 7"):
+        claim(tmp_path, config, fresh=False, num_processes=1, step=5)
 
 
 def test_fresh_deletes_the_run_and_nothing_else(tmp_path: Path, config: TrainConfig) -> None:
@@ -88,43 +119,55 @@ def test_claim_of_an_unwritable_place(tmp_path: Path, config: TrainConfig) -> No
         claim(tmp_path / "file", config, fresh=False, num_processes=1)
 
 
-def test_replace_swaps_whole_folders(tmp_path: Path) -> None:
-    checkpoint(tmp_path, 1, "one")
-    checkpoint(tmp_path, 2, "two")
-    found = find(tmp_path)
-    assert found is not None
-    assert (found / "state").read_text() == "two"
-    assert read_position(found) == Position(step=2)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+def test_the_last_few_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 30):
+        checkpoint(tmp_path, step, f"text {step}")
+    assert kept_steps(tmp_path) == [2, 30]
+    assert text_of(tmp_path) == "text 30"
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000030",
+    ]
 
 
 def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     checkpoint(tmp_path, 1, "one")
+    writer = Writer(tmp_path, 0, 2, lambda: None)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        writer.begin(Position(step=2), {"w": torch.zeros(100_000)}, {}, lambda folder: None)
+        with pytest.raises(CheckpointError, match=r"of step 2 could not .*that of step 1 is kept"):
+            writer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert text_of(tmp_path) == "one"
+    assert kept_steps(tmp_path) == [1]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
-    def fail(folder: str) -> None:
-        (Path(folder) / "state").write_text("half")
-        raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        replace(tmp_path, Position(step=2), fail, is_main=True, wait=lambda: None)
-    found = find(tmp_path)
-    assert found is not None
-    assert (found / "state").read_text() == "one"
-    checkpoint(tmp_path, 3, "three")
-    assert (find(tmp_path) or tmp_path) / "state" == tmp_path / "checkpoint" / "state"
-
-
-def test_find_between_the_two_renames(tmp_path: Path) -> None:
-    checkpoint(tmp_path, 1, "one")
-    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
-    assert find(tmp_path) == tmp_path / "checkpoint.old"
+def test_what_is_written_is_what_was_there(tmp_path: Path) -> None:
+    writer = Writer(tmp_path, 0, 2, lambda: None)
+    weights = torch.zeros(1_000_000)
+    writer.begin(Position(step=1), {"w": [weights]}, {"r": (1, 2.0)}, lambda folder: None)
+    weights += 1
+    assert find(tmp_path) is None
+    writer.finish()
+    shared, own = load(tmp_path / "checkpoints" / "step-00000001", 0)
+    assert not shared["w"][0].any()
+    assert own == {"r": (1, 2.0)}
+    assert load(tmp_path / "checkpoints" / "step-00000001", 1)[1] is None
 
 
 def test_damaged_position(tmp_path: Path) -> None:
     checkpoint(tmp_path, 1)
-    (tmp_path / "checkpoint" / "position.json").write_text('{"stop": 3}')
-    with pytest.raises(CheckpointError, match="--fresh"):
-        read_position(tmp_path / "checkpoint")
+    checkpoint(tmp_path, 2)
+    found = tmp_path / "checkpoints" / "step-00000002"
+    (found / "position.json").write_text('{"stop": 3}')
+    with pytest.raises(CheckpointError, match="--resume 1, or start over with --fresh"):
+        read_position(found)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

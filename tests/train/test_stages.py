@@ -88,6 +88,7 @@ def test_resume_is_exact_in_every_stage(make: Make, stop: int) -> None:
     before = make(TWO, LEARNED, out="resumed")
     first = losses(before, stop)
     before.save(1.5)
+    before.writer.finish()
     after = make(TWO, LEARNED, out="resumed")
     position = claim(after.out, after.config, fresh=False, num_processes=1)
     assert position is not None
@@ -212,7 +213,7 @@ def test_validation_and_saved_models_know_no_bypass(make: Make, tmp_path: Path) 
     for neuron in trainer.module.neurons():
         neuron.spiking = 1.0
     assert trainer.validate() == found
-    trainer.module = checkpoint.load(tmp_path / "model").model
+    trainer.parallel.evaluated = checkpoint.load(tmp_path / "model").model.eval()
     assert trainer.validate() == found
 
 
@@ -223,6 +224,7 @@ def test_resume_is_exact_with_every_rule(make: Make, stop: int) -> None:
     before = make(*RULES, "log_every=2", out="resumed")
     first = [trainer_record(before) for _ in range(stop)]
     before.save(1.5)
+    before.writer.finish()
     after = make(*RULES, "log_every=2", out="resumed")
     position = claim(after.out, after.config, fresh=False, num_processes=1)
     assert position is not None

@@ -47,9 +47,9 @@ def test_sample_continues_the_prompt_and_leaves_training_alone(make: Make) -> No
 
 def test_ranks_share_the_validation_text(make: Make) -> None:
     trainer = make("micro_batch_size=2")
-    parts = [trainer.corpus, trainer.config]
-    whole = validation_sums(trainer.module, *parts, 0, 1)
-    shares = [validation_sums(trainer.module, *parts, rank, 3) for rank in range(3)]
+    parts = [trainer.module, trainer.corpus, trainer.config, trainer.accelerator.device]
+    whole = validation_sums(*parts, 0, 1)
+    shares = [validation_sums(*parts, rank, 3) for rank in range(3)]
     assert all(share[1] > 0 for share in shares)
     torch.testing.assert_close(torch.stack(shares).sum(0), whole, rtol=1e-6, atol=0)
 

@@ -20,8 +20,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="spikelm train",
         description="Train a model from a recipe. The same command again continues an "
         "interrupted run; Ctrl-C stops after the current step and saves.",
-        epilog="Several processes: torchrun --nproc_per_node N -m spikelm_train RECIPE --out DIR "
-        "(or `accelerate launch -m spikelm_train ...` on GPUs).",
+        epilog="Several processes: torchrun --nproc_per_node N -m spikelm_train RECIPE --out DIR; "
+        "DeepSpeed: accelerate launch --config_file configs/accelerate/zero2.yaml -m spikelm_train "
+        "RECIPE --out DIR (train/README.md).",
     )
     parser.add_argument("recipe", help="a YAML file, or the name of one in configs/train/")
     parser.add_argument("--out", required=True, type=Path, help="folder of the run and its model")
@@ -51,6 +52,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--fresh", action="store_true", help="delete an earlier run in DIR and start over"
     )
     parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="STEP",
+        help="continue from the checkpoint of this step (auto: the newest, if there is one)",
+    )
+    parser.add_argument(
+        "--shard",
+        action="store_true",
+        help="share weights, gradients and moments out over the processes (FSDP2)",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="show the resolved recipe and its cost; write nothing",
@@ -75,7 +87,18 @@ def main(argv: list[str]) -> int:
         fresh=arguments.fresh,
         stream=sys.stdout,
         corpus_folder=arguments.corpus,
+        shard=arguments.shard,
+        step=_step(arguments.resume),
     )
+
+
+def _step(given: str) -> int | None:
+    """The step of `--resume`, None for auto."""
+    if given == "auto":
+        return None
+    if not given.isdecimal():
+        raise ConfigError(f"--resume: {given!r} given; allowed: auto, or the step of a checkpoint")
+    return int(given)
 
 
 def describe(config: TrainConfig) -> str:
@@ -83,8 +106,8 @@ def describe(config: TrainConfig) -> str:
 
     Raises: DataError if its sources do not begin with a readable text.
     """
-    from spikelm_train.loop import resolve_precision
     from spikelm_train.optim import lr_factor
+    from spikelm_train.parallel import resolve_precision
 
     for sources in filter(None, (config.data.sources, config.data.validation_sources)):
         from spikelm.corpus import read_documents
@@ -116,7 +139,7 @@ def check_memory(config: TrainConfig) -> None:
     """Raises: ConfigError for a run that this machine cannot hold."""
     import torch
 
-    from spikelm_train.loop import resolve_precision
+    from spikelm_train.parallel import resolve_precision
 
     if torch.cuda.is_available():
         return

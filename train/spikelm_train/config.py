@@ -219,6 +219,32 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class GuardConfig:
+    """What to do about a loss that is not finite, or leaps; `spikelm_train.guard` has the rule."""
+
+    non_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """A loss or gradient that is not finite. skip: leave the step out; rewind: go back to an
+    earlier checkpoint and pass over the data behind it."""
+    spike: Literal["ignore", "skip", "rewind"] = "ignore"
+    """A loss that leaps."""
+    spike_deviations: float = 6.0
+    """Standard deviations above the mean of the steps before from which a loss leaps."""
+    rewind_steps: int = 1
+    """Steps to go back at least; the newest checkpoint that is so old is taken."""
+    lower_lr: float = 1.0
+    """The learning rate is multiplied by this every time."""
+    at_most: int = 10
+    """Times that it is done before the run stops."""
+
+    def __post_init__(self) -> None:
+        deviations, factor = self.spike_deviations, self.lower_lr
+        _require(deviations > 0, "spike_deviations", deviations, "a number > 0")
+        _require(0 < factor <= 1, "lower_lr", factor, "0 < factor <= 1")
+        for name in ("rewind_steps", "at_most"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """A complete run."""
 
@@ -255,6 +281,8 @@ class TrainConfig:
     """Share of the run after which the weights named in `model.weights` are rounded."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """A trained model to learn from."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What to do about a loss that is not finite, or leaps."""
     log_every: int = 10
     """Steps between progress lines."""
     eval_every: int = 250
@@ -263,6 +291,10 @@ class TrainConfig:
     """Validation tokens used, at most."""
     save_every: int = 500
     """Steps between checkpoints; 0 saves only at the end and when interrupted."""
+    keep_last: int = 1
+    """Checkpoints kept, the newest ones."""
+    keep_best: bool = False
+    """Whether the model with the lowest validation loss is kept in the run's folder `best`."""
     sample_every: int = 0
     """Steps between samples of text; 0 shows none."""
     sample_prompt: str = ""
@@ -283,6 +315,7 @@ class TrainConfig:
             "steps",
             "log_every",
             "eval_tokens",
+            "keep_last",
             "sample_tokens",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")

@@ -1,28 +1,33 @@
-"""The training step and the loop around it; the only file that imports accelerate."""
+"""The training step and the loop around it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import math
-import os
-import pickle
 import time
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import torch
-from safetensors import SafetensorError
 
 from spikelm import checkpoint
-from spikelm.doctor import cpu_flags
-from spikelm.errors import CheckpointError, ConfigError, MissingExtraError, SpikelmError
+from spikelm.errors import CheckpointError, SpikelmError
 from spikelm.models.spikelm import LanguageModel
-from spikelm_train import resume
+from spikelm_train import checkpoints, resume
+from spikelm_train.checkpoints import Position
 from spikelm_train.config import TrainConfig
 from spikelm_train.data import Corpus, make_sampler, prepare
 from spikelm_train.distill import Distillation
-from spikelm_train.optim import lr_factor, make_optimizer
+from spikelm_train.guard import Guard
+from spikelm_train.optim import lr_factor
+from spikelm_train.parallel import (
+    Strategy,
+    launched_strategy,
+    make_accelerator,
+    make_parallel,
+    resolve_precision,
+)
 from spikelm_train.quantised import Rounding
 from spikelm_train.report import Reporter
 from spikelm_train.silence import Silence
@@ -32,44 +37,6 @@ from spikelm_train.validation import cross_entropy, sample_text, to_batch, valid
 # The L1 term grows to its weight over this part of the run.
 L1_RAMP = 0.1
 
-_UNREADABLE = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    KeyError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
-)
-
-
-def resolve_precision(wanted: Literal["auto", "bf16", "fp32"]) -> Literal["bf16", "fp32"]:
-    """What `auto` means on this machine: bf16 where its matrix products are native."""
-    if wanted != "auto":
-        return wanted
-    flags = cpu_flags()
-    cuda = torch.cuda.is_available()
-    pays = torch.cuda.is_bf16_supported() if cuda else flags["avx512_bf16"] or flags["amx"]
-    return "bf16" if pays else "fp32"
-
-
-def make_accelerator(config: TrainConfig) -> Any:
-    """The launcher's view of this process. Raises: ConfigError if ranks do not see each other."""
-    try:
-        from accelerate.accelerator import Accelerator
-    except ImportError:
-        raise MissingExtraError("accelerate", "train") from None
-    precision = {"bf16": "bf16", "fp32": "no"}[resolve_precision(config.precision)]
-    # Without cpu=True every rank of a CPU launch believes it is alone (accelerate 1.15).
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise ConfigError(
-            f"{launched} processes were launched but accelerate sees {accelerator.num_processes}; "
-            "on CPU start them with torchrun --nproc_per_node N -m spikelm_train"
-        )
-    return accelerator
-
 
 def train(
     config: TrainConfig,
@@ -78,22 +45,31 @@ def train(
     fresh: bool,
     stream: TextIO,
     corpus_folder: Path | None = None,
+    shard: bool = False,
+    step: int | None = None,
 ) -> int:
     """Runs or continues a recipe in the folder `out`; returns the exit status.
 
-    The tokenised text is in `corpus_folder`, which runs may share, or in `out`/data.
+    The tokenised text is in `corpus_folder`, which runs may share, or in `out`/data. `shard`
+    spreads the weights over the processes. It continues at the newest checkpoint or `step`'s.
 
     0 when the trained model is in `out`; 130 or 143 when SIGINT or SIGTERM ended the run after a
     checkpoint.
 
     Raises: ConfigError, DataError for input that cannot be used; SpikelmError if the loss stops
-    being finite.
+    being finite, or the last checkpoint cannot be written.
     """
-    accelerator = make_accelerator(config)
+    strategy = launched_strategy(shard)
+    accelerator = make_accelerator(config, strategy)
     is_main: bool = accelerator.is_main_process
     with accelerator.main_process_first():
         position = resume.claim(
-            out, config, fresh=fresh and is_main, num_processes=accelerator.num_processes
+            out,
+            config,
+            fresh=fresh and is_main,
+            num_processes=accelerator.num_processes,
+            strategy=strategy,
+            step=step,
         )
         if position and position.finished and (out / checkpoint.WEIGHTS).is_file():
             if is_main:
@@ -106,8 +82,9 @@ def train(
             corpus = prepare(config, corpus_folder or out / "data")
     reporter = Reporter(out, stream, position.step if position else 0) if is_main else None
     try:
+        rows = position.rows if position else None
         with resume.discarding(out, begins):
-            trainer = Trainer(config, out, corpus, accelerator, reporter)
+            trainer = Trainer(config, out, corpus, accelerator, reporter, strategy, rows)
         if position:
             trainer.load(position)
         return trainer.run()
@@ -117,7 +94,11 @@ def train(
 
 
 class Trainer:
-    """One process's part of a run: model, optimiser, and the position in the run."""
+    """One process's part of a run: model, optimiser, and the position in the run.
+
+    A step has `rows` sequences over all processes (None: as many as the recipe makes here); a run
+    that continues on other processes than it began with takes as many as before, in the same order.
+    """
 
     def __init__(
         self,
@@ -126,40 +107,49 @@ class Trainer:
         corpus: Corpus,
         accelerator: Any,
         reporter: Reporter | None,
+        strategy: Strategy = "copies",
+        rows: int | None = None,
     ) -> None:
         if accelerator.device.type == "cpu":
             # Strong decays leave denormals in the states, which cost a quarter of the speed.
             torch.set_flush_denormal(True)
+        per_forward = config.micro_batch_size * accelerator.num_processes
+        self.rows = rows or per_forward * config.grad_accum_steps
+        config = dataclasses.replace(config, grad_accum_steps=self.rows // per_forward)
         self.config = config
         self.out = out
         self.corpus = corpus
         self.accelerator = accelerator
         self.reporter = reporter
         self.module = LanguageModel(config.model).initialise(config.seed)
-        optimizer = make_optimizer(self.module, config.optim)
-        self.distillation = self._distillation(optimizer)
-        self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
-        if self.distillation and self.distillation.map is not None:
-            self.distillation.map = accelerator.prepare(self.distillation.map)
+        self.num_parameters = sum(p.numel() for p in self.module.parameters())
+        self.stages = Stages(config.stages, self.module)
+        self.rounding = Rounding(self.module, config.quantise_at)
+        self.distillation = self._distillation()
+        learned = self.distillation.map if self.distillation else None
         self.silence = Silence(self.module.neurons(), config.silence_rate, config.revive_after)
         self.silence.penalise = config.l1_hidden > 0
-        accelerator.register_for_checkpointing(self.silence)
-        self.stages = Stages(config.stages, self.module)
-        if config.stages:
-            accelerator.register_for_checkpointing(self.stages)
-        self.rounding = Rounding(self.module, config.quantise_at)
-        rows = config.micro_batch_size * config.grad_accum_steps * accelerator.num_processes
-        self.sampler = make_sampler(config, corpus, rows)
-        self.tokens_per_step = rows * config.data.sequence_length
+        extra = () if learned is None else learned.parameters()
+        self.parallel = make_parallel(strategy, accelerator, self.module, config, extra)
+        if self.distillation and learned is not None:
+            self.distillation.map = accelerator.prepare(learned)
+        self.guard = Guard(config.guard)
+        self.sampler = make_sampler(config, corpus, self.rows)
+        self.tokens_per_step = self.rows * config.data.sequence_length
         train = corpus.train
         self.bits_per_byte = len(train.tokens) / train.num_bytes / math.log(2)
         """Factor from nats per training token to bits per byte."""
         self.step = 0
+        self.best = math.inf
+        """The lowest validation loss so far, in nats per token."""
+        self.writer = checkpoints.Writer(
+            out, accelerator.process_index, config.keep_last, accelerator.wait_for_everyone
+        )
         self._seconds_before = 0.0
         self._began = time.perf_counter()
 
-    def _distillation(self, optimizer: torch.optim.Optimizer) -> Distillation | None:
-        """The recipe's teacher; what is trained to compare with it comes under `optimizer`."""
+    def _distillation(self) -> Distillation | None:
+        """The recipe's teacher."""
         config, accelerator = self.config, self.accelerator
         if config.distill.teacher is None:
             return None
@@ -167,8 +157,6 @@ class Trainer:
             config.distill, self.module, self.corpus.tokenizer, accelerator.autocast, config.seed
         )
         found.teacher.to(accelerator.device)
-        if found.map is not None:
-            optimizer.add_param_group({"params": found.map.parameters(), "weight_decay": 0.0})
         return found
 
     def run(self) -> int:
@@ -184,6 +172,7 @@ class Trainer:
                     break
                 if signum:
                     self.save(seconds)
+                    self.writer.finish()
                     self._say(
                         f"stopped after step {self.step}; run the same command again to continue"
                     )
@@ -203,16 +192,15 @@ class Trainer:
     def advance(self, seconds: float) -> dict[str, Any] | None:
         """One optimiser step `seconds` into the run; its measurements if it is to be logged.
 
-        Raises: SpikelmError if the loss or its gradient is not finite; nothing is updated then.
+        Raises: SpikelmError if the loss or its gradient is not finite and the recipe says to stop
+        then; nothing is updated.
         """
         config, silence = self.config, self.silence
         # Half a step ahead, so that the warm-up's first step is not wasted at rate 0.
         progress = config.progress(self.step + 0.5, seconds)
         self._enter_stages(progress)
         close_bypasses(silence.neurons, progress)
-        lr = config.optim.lr * lr_factor(config.optim, progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
+        lr = config.optim.lr * lr_factor(config.optim, progress) * self.guard.lr_factor
         logged = (self.step + 1) % config.log_every == 0 or self.step == 0
         silence.clear()
         silence.measure_all = logged
@@ -220,13 +208,16 @@ class Trainer:
             self.distillation.clear()
         loss = self._accumulate(progress)
         silence.shape(self._summed(silence.edges()))
-        norm = self.accelerator.clip_grad_norm_(
-            self.module.parameters(), config.optim.grad_clip or math.inf
-        )
+        if self.guard.leaps(loss):
+            self.parallel.drop()
+            self._intervene(config.guard.spike, f"loss {loss:.4g} leaps")
+            return None
+        norm = self.parallel.update(lr, config.optim.grad_clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise SpikelmError(self._diverged(loss, float(norm)))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
+            self._intervene(config.guard.non_finite, what)
+            return None
+        self.guard.watch(loss)
         counts = self._summed(silence.counts())
         silence.steer(counts, progress)
         silence.watch(self._summed(silence.fired()))
@@ -241,7 +232,7 @@ class Trainer:
             "loss": loss,
             "bits_per_byte": loss * self.bits_per_byte,
             "lr": lr,
-            "gradient_norm": float(norm),
+            "gradient_norm": norm,
             "silent_fraction": total,
             "silent": classes,
             "dead": silence.dead(config.log_every),
@@ -250,6 +241,43 @@ class Trainer:
             **self._distilled(),
         }
 
+    def _intervene(self, action: str, what: str) -> None:
+        """Leaves the step out, or goes back to an earlier checkpoint; says so.
+
+        Raises: SpikelmError if neither is to be done, or possible.
+        """
+        guard, at = self.guard, self.step + 1
+        if guard.interventions >= guard.config.at_most:
+            action = "stop"
+        if action == "skip":
+            guard.intervene()
+            self.step += 1
+            self._report_intervention(at, f"{what}; the step is left out")
+            return
+        earlier = [
+            s for s in checkpoints.kept_steps(self.out) if s <= at - guard.config.rewind_steps
+        ]
+        if action == "stop" or not earlier:
+            raise SpikelmError(self._diverged(at, what))
+        self._finish_writing()
+        if self.reporter:
+            checkpoints.forget_after(self.out, earlier[-1])
+        kept, seconds = guard.state_dict(), self._seconds_before
+        self.load(checkpoints.read_position(checkpoints.step_folder(self.out, earlier[-1])))
+        self._seconds_before = seconds
+        guard.load_state_dict(kept)
+        guard.intervene(steps_back=at - self.step)
+        self._report_intervention(
+            at, f"{what}; back to step {self.step}, past {at - self.step} steps of data"
+        )
+
+    def _report_intervention(self, step: int, text: str) -> None:
+        rate = self.guard.lr_factor
+        slower = f", the learning rate times {rate:.3g}" if rate < 1 else ""
+        self._say(f"guard: step {step}: {text}{slower}")
+        if self.reporter:
+            self.reporter.record({"step": step, "guard": text, "lr_factor": rate})
+
     def _accumulate(self, progress: float) -> float:
         """Gradients of the step's global batch; its mean loss in nats per token."""
         size, parts = self.config.micro_batch_size, self.config.grad_accum_steps
@@ -257,14 +285,13 @@ class Trainer:
         total = torch.zeros((), device=accelerator.device)
         for part in range(parts):
             start = (part * accelerator.num_processes + accelerator.process_index) * size
-            rows = self.sampler.rows(self.step, start, start + size)
+            rows = self.sampler.rows(self.step + self.guard.data_steps, start, start + size)
             batch = to_batch(rows, self.corpus.tokenizer.eos_id, accelerator.device)
-            more = part < parts - 1
-            with accelerator.no_sync(self.model) if more else contextlib.nullcontext():
+            with self.parallel.accumulating(last=part == parts - 1):
                 balance: list[torch.Tensor] = []
                 taught = self.distillation
                 with taught.watching() if taught else contextlib.nullcontext():
-                    logits, _ = self.model(
+                    logits, _ = self.parallel.model(
                         batch.inputs, reset=batch.reset, probe=self.silence, losses=balance
                     )
                 loss = cross_entropy(logits, batch.targets).mean()
@@ -273,7 +300,7 @@ class Trainer:
                 if self.silence.penalise:
                     weight = self.config.l1_hidden * ramp(progress, L1_RAMP)
                     objective = objective + weight * self.silence.take_l1()
-                accelerator.backward(objective / parts)
+                self.parallel.backward(objective / parts)
             total += loss.detach() / parts
         return float(accelerator.reduce(total, "mean"))
 
@@ -290,9 +317,10 @@ class Trainer:
         accelerator = self.accelerator
         self.module.eval()
         sums = validation_sums(
-            self.module,
+            self.parallel.evaluated,
             self.corpus,
             self.config,
+            accelerator.device,
             accelerator.process_index,
             accelerator.num_processes,
         )
@@ -301,51 +329,90 @@ class Trainer:
         return nats / num_tokens, nats / num_bytes / math.log(2)
 
     def sample(self) -> str:
-        """The recipe's prompt and what the model makes of it."""
+        """The recipe's prompt and what the model makes of it; to be called by all processes."""
+        model = self.parallel.whole()
         config = dataclasses.replace(self.config, model=self.module.config, stages=())
-        return sample_text(self.module, self.corpus.tokenizer, config, self.out)
+        if not self.accelerator.is_main_process:
+            return ""
+        return sample_text(model, self.corpus.tokenizer, config, self.out)
+
+    def export(self, folder: Path) -> None:
+        """Writes the model as a folder of its own; to be called by all processes."""
+        model = self.parallel.whole()
+        if self.accelerator.is_main_process:
+            checkpoint.save(folder, model, self.corpus.tokenizer)
 
     def save(self, seconds: float, *, finished: bool = False) -> None:
-        """Writes the checkpoint to continue from, and the loss curve."""
-        accelerator = self.accelerator
-        position = resume.Position(
+        """Begins to write the checkpoint to continue from; draws the loss curve."""
+        self._finish_writing()
+        position = Position(
             step=self.step,
             seconds=seconds,
-            num_processes=accelerator.num_processes,
+            num_processes=self.accelerator.num_processes,
+            rows=self.rows,
+            strategy=self.parallel.strategy,
             finished=finished,
         )
-        resume.replace(
-            self.out,
-            position,
-            accelerator.save_state,
-            is_main=accelerator.is_main_process,
-            wait=accelerator.wait_for_everyone,
-        )
+        own = {"random": random_state(self.accelerator.device)}
+        self.writer.begin(position, self._shared(), own, self.parallel.save_shards)
         if self.reporter:
             self.reporter.draw()
 
-    def load(self, position: resume.Position) -> None:
-        """Continues from the run's checkpoint, bit for bit on the CPU."""
-        found = resume.find(self.out)
+    def load(self, position: Position) -> None:
+        """Continues from a checkpoint of the run, on the CPU bit for bit."""
+        found = checkpoints.step_folder(self.out, position.step)
+        shared, own = checkpoints.load(found, self.accelerator.process_index)
         try:
-            self.accelerator.load_state(str(found))
-        except _UNREADABLE as error:
-            raise CheckpointError(
-                f"{found} is damaged ({' '.join(str(error).split()):.200}); start over with --fresh"
-            ) from None
+            self.parallel.load(found / checkpoints.SHARDS, shared)
+            for name, part in self._parts().items():
+                part.load_state_dict(shared[name])
+            self.best = shared["best"]
+            # Processes that were not there before draw numbers of their own.
+            restore_random(own["random"] if own else None, self.config.seed, position.step)
+        except (RuntimeError, ValueError, KeyError, OSError) as error:
+            raise checkpoints.damaged(found, error) from None
         if self.distillation:
             self.distillation.check_same(self.out / resume.TEACHER)
         self.step, self._seconds_before = position.step, position.seconds
 
+    def _parts(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the model and its optimiser."""
+        parts: dict[str, Any] = {
+            "silence": self.silence,
+            "stages": self.stages,
+            "guard": self.guard,
+        }
+        if self.distillation and self.distillation.map is not None:
+            parts["feature_map"] = self.accelerator.unwrap_model(self.distillation.map)
+        return parts
+
+    def _shared(self) -> dict[str, Any]:
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**self.parallel.state(), **parts, "best": self.best}
+
+    def _finish_writing(self) -> None:
+        """Names the checkpoint that was being written. One that could not be written is said, and
+        the run goes on.
+        """
+        try:
+            self.writer.finish()
+        except CheckpointError as error:
+            self._say(f"{error}; the run goes on")
+
     def _agree(self, signum: int) -> tuple[float, int]:
-        """Seconds in the loop and pending signal, the largest of all processes."""
+        """Seconds in the loop and pending signal, the largest of all processes; a checkpoint that
+        all of them have written gets its name.
+        """
         seconds = self._seconds_before + time.perf_counter() - self._began
+        waiting = not self.writer.written()
         accelerator = self.accelerator
-        if accelerator.num_processes == 1:
-            return seconds, signum
-        mine = torch.tensor([[seconds, signum]], dtype=torch.float64).to(accelerator.device)
-        seconds, largest = accelerator.gather(mine).amax(0).tolist()
-        return seconds, int(largest)
+        if accelerator.num_processes > 1:
+            mine = torch.tensor([[seconds, signum, waiting]], dtype=torch.float64)
+            largest = accelerator.gather(mine.to(accelerator.device)).amax(0).tolist()
+            seconds, signum, waiting = largest[0], int(largest[1]), bool(largest[2])
+        if self.writer.busy and not waiting:
+            self._finish_writing()
+        return seconds, signum
 
     def _summed(self, mine: torch.Tensor) -> torch.Tensor:
         """The sum over processes; nothing is sent where there is nothing to add."""
@@ -356,8 +423,10 @@ class Trainer:
         config, reporter = self.config, self.reporter
         if config.eval_every and self.step % config.eval_every == 0:
             self._report_validation()
-        if reporter and config.sample_every and self.step % config.sample_every == 0:
-            reporter.say(f"sample at step {self.step}: {self.sample()!r}")
+        if config.sample_every and self.step % config.sample_every == 0:
+            sample = self.sample()
+            if reporter:
+                reporter.say(f"sample at step {self.step}: {sample!r}")
         if config.save_every and self.step % config.save_every == 0:
             self.save(seconds)
 
@@ -373,6 +442,10 @@ class Trainer:
             self.reporter.say(
                 f"validation at step {self.step}: loss {loss:.3f}  {bits:.3f} bits/byte"
             )
+        if loss < self.best:
+            self.best = loss
+            if self.config.keep_best:
+                self.export(self.out / resume.BEST)
 
     def _enter_stages(self, progress: float) -> None:
         for stage in self.stages.enter(progress):
@@ -385,18 +458,18 @@ class Trainer:
         # A budget may end before the last stage; the model is what the recipe ends with.
         self._enter_stages(1.0)
         self._report_validation()
-        if self.reporter:
-            if self.config.sample_every:
-                self.reporter.say(f"sample: {self.sample()!r}")
-            checkpoint.save(self.out, self.module, self.corpus.tokenizer)
+        if self.config.sample_every:
+            self._say(f"sample: {self.sample()!r}")
+        self.export(self.out)
         self.save(seconds, finished=True)
+        self.writer.finish()
+        self.writer.close()
         self._say(f"finished after {self.step} steps, {seconds:.0f} s; the model is in {self.out}")
 
     def _introduce(self) -> None:
         corpus, accelerator = self.corpus, self.accelerator
-        parameters = sum(p.numel() for p in self.module.parameters())
         self._say(
-            f"{parameters:,} parameters, {len(corpus.train.tokens):,} training tokens "
+            f"{self.num_parameters:,} parameters, {len(corpus.train.tokens):,} training tokens "
             f"({corpus.train.num_bytes:,} bytes), {self.tokens_per_step:,} tokens per step, "
             f"{accelerator.num_processes} x {accelerator.device.type}, "
             f"{resolve_precision(self.config.precision)}"
@@ -413,13 +486,33 @@ class Trainer:
         if self.reporter:
             self.reporter.say(text)
 
-    def _diverged(self, loss: float, norm: float) -> str:
-        found = resume.find(self.out)
-        kept = "no checkpoint was written yet"
-        if found is not None:
-            kept = f"the checkpoint of step {resume.read_position(found).step} is kept"
-        return (
-            f"step {self.step + 1}: loss {loss}, gradient norm {norm}; {kept}. Try --fresh with a "
-            "lower optim.lr, a longer optim.warmup_fraction, a smaller optim.grad_clip or "
-            "precision=fp32"
+    def _diverged(self, step: int, what: str) -> str:
+        kept = checkpoints.kept_steps(self.out)
+        last = (
+            f"the checkpoint of step {kept[-1]} is kept"
+            if kept
+            else "no checkpoint was written yet"
         )
+        return (
+            f"step {step}: {what}; {last}. Try --fresh with a lower optim.lr, a longer "
+            "optim.warmup_fraction, a smaller optim.grad_clip, precision=fp32 or a guard "
+            "(guard.non_finite: skip or rewind)"
+        )
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The generators that a process draws dropout from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random(state: dict[str, torch.Tensor] | None, seed: int, step: int) -> None:
+    """Sets those generators, or seeds them where nothing was kept."""
+    if state is None:
+        torch.manual_seed(hash((seed, step)))
+        return
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

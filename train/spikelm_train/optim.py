@@ -31,13 +31,17 @@ def lr_factor(config: OptimConfig, progress: float) -> float:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, neuron_lr: float = 1.0
+    model: nn.Module,
+    weight_decay: float,
+    neuron_lr: float = 1.0,
+    wanted: Callable[[nn.Parameter], bool] = lambda parameter: True,
 ) -> list[dict[str, Any]]:
     """Projection weights with decay; embeddings, norms, biases, convolutions and neurons without.
 
     A row of the embedding gets a gradient only when its token occurs, so decay would shrink rare
-    tokens; a head tied to it goes with it. Parameters without gradient are left out. Neurons have
-    a group of their own, with an "lr_factor", where `neuron_lr` is not 1.
+    tokens; a head tied to it goes with it. Parameters without gradient are left out, and those
+    that are not `wanted`. Neurons have a group of their own, with an "lr_factor", where
+    `neuron_lr` is not 1.
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -46,7 +50,7 @@ def parameter_groups(
     apart = {id(p) for module in modules if isinstance(module, Neuron) for p in module.parameters()}
     # A tied weight is named once, as the embedding's.
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and wanted(parameter):
             group = decayed if name.endswith("linear.weight") else others
             (neurons if id(parameter) in apart else group).append(parameter)
     groups = [
@@ -57,9 +61,13 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of a recipe over all trainable parameters of `model`."""
-    groups = parameter_groups(model, config.weight_decay, config.neuron_lr)
+def make_optimizer(
+    model: nn.Module,
+    config: OptimConfig,
+    wanted: Callable[[nn.Parameter], bool] = lambda parameter: True,
+) -> torch.optim.Optimizer:
+    """The optimiser of a recipe over the trainable parameters of `model` that are `wanted`."""
+    groups = parameter_groups(model, config.weight_decay, config.neuron_lr, wanted)
     betas = (config.betas[0], config.betas[1])
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)

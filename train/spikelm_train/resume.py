@@ -2,7 +2,8 @@
 
 config.yaml           the resolved recipe
 data/                 tokenizer and token files
-checkpoint/           everything to continue; replaced as a whole
+checkpoints/          everything to continue, by step
+best/                 the model with the lowest validation loss, if the recipe keeps it
 teacher.json          whom a distilled run learns from
 metrics.jsonl  loss.png  tensorboard/
 config.json  model.safetensors  tokenizer.json ...   the trained model, at the end
@@ -11,22 +12,21 @@ config.json  model.safetensors  tokenizer.json ...   the trained model, at the e
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from spikelm.config import from_dict, load_yaml, save_yaml, to_dict
-from spikelm.errors import CheckpointError, ConfigError
+from spikelm.errors import ConfigError
 from spikelm.tokenizer import FILES as TOKENIZER_FILES
+from spikelm_train import checkpoints
+from spikelm_train.checkpoints import Position
 from spikelm_train.config import TrainConfig, differences
 
-CONFIG, CHECKPOINT, POSITION = "config.yaml", "checkpoint", "position.json"
-TEACHER = "teacher.json"
+CONFIG, BEST, TEACHER = "config.yaml", "best", "teacher.json"
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -36,9 +36,8 @@ MODEL_FILES = (
 )
 RUN_FILES = (
     CONFIG,
-    CHECKPOINT,
-    f"{CHECKPOINT}.tmp",
-    f"{CHECKPOINT}.old",
+    checkpoints.FOLDER,
+    BEST,
     TEACHER,
     "data",
     "metrics.jsonl",
@@ -47,27 +46,22 @@ RUN_FILES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Position:
-    """How far a run has come."""
-
-    step: int = 0
-    """Optimiser steps done."""
-    seconds: float = 0.0
-    """Wall-clock time spent in the loop."""
-    num_processes: int = 1
-    """Processes the run is spread over; its batches depend on it."""
-    finished: bool = False
-    """The trained model has been written."""
-
-
-def claim(out: Path, config: TrainConfig, *, fresh: bool, num_processes: int) -> Position | None:
+def claim(
+    out: Path,
+    config: TrainConfig,
+    *,
+    fresh: bool,
+    num_processes: int,
+    strategy: str = "copies",
+    step: int | None = None,
+) -> Position | None:
     """Makes `out` the folder of this run; where to continue, or None at the beginning.
 
-    `fresh` deletes what an earlier run wrote, and nothing else.
+    It continues at the newest checkpoint or that of `step`. `fresh` deletes what an earlier run
+    wrote, and nothing else.
 
-    Raises: ConfigError for a folder that is not writable, another model's, or a run of another
-    recipe or number of processes.
+    Raises: ConfigError for a folder that is not writable, another model's, a run of another
+    recipe, or one that these processes cannot continue.
     """
     foreign = [name for name in MODEL_FILES + RUN_FILES if (out / name).exists()]
     if foreign and not _is_run(out):
@@ -77,7 +71,7 @@ def claim(out: Path, config: TrainConfig, *, fresh: bool, num_processes: int) ->
     try:
         if fresh and (out / CONFIG).exists():
             _remove(out, RUN_FILES + MODEL_FILES)
-        found = find(out)
+        found = checkpoints.find(out, step)
         if found is None:
             out.mkdir(parents=True, exist_ok=True)
             save_yaml(config, out / CONFIG)
@@ -85,13 +79,37 @@ def claim(out: Path, config: TrainConfig, *, fresh: bool, num_processes: int) ->
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror}; use another --out") from None
     _check_same(out, config)
-    position = read_position(found)
-    if position.num_processes != num_processes:
+    position = checkpoints.read_position(found)
+    _check_processes(out, config, position, num_processes, strategy)
+    return position
+
+
+def _check_processes(
+    out: Path, config: TrainConfig, position: Position, num_processes: int, strategy: str
+) -> None:
+    if position.strategy != strategy:
+        how = {"copies": "without sharding", "shards": "with --shard", "zero": "by DeepSpeed"}
+        raise ConfigError(
+            f"{out} was begun {how[position.strategy]}; start it so again, or take its weights "
+            f"into another run (spikelm export {out} --out MODEL, then --set init=MODEL)"
+        )
+    if strategy == "zero" and position.num_processes != num_processes:
         raise ConfigError(
             f"{out} was begun on {position.num_processes} process(es), not {num_processes}; "
-            "start as many, or use another --out or --fresh"
+            "DeepSpeed continues on as many, start so many"
         )
-    return position
+    per_forward = config.micro_batch_size * num_processes
+    if position.rows % per_forward:
+        possible = [
+            n
+            for n in range(1, position.rows + 1)
+            if not position.rows % (n * config.micro_batch_size)
+        ]
+        raise ConfigError(
+            f"{out} takes {position.rows} sequences a step; {num_processes} process(es) of "
+            f"micro_batch_size {config.micro_batch_size} cannot share them out equally; allowed: "
+            f"{', '.join(map(str, possible))} process(es)"
+        )
 
 
 @contextlib.contextmanager
@@ -125,54 +143,6 @@ def _check_same(out: Path, config: TrainConfig) -> None:
             f"{out} holds a run of another recipe (different: {names}); use another --out, or "
             "--fresh to delete that run and start over"
         )
-
-
-def find(out: Path) -> Path | None:
-    """The checkpoint folder of a run, or None before the first one."""
-    for name in (CHECKPOINT, f"{CHECKPOINT}.old"):
-        if (out / name / POSITION).is_file():
-            return out / name
-    return None
-
-
-def read_position(folder: Path) -> Position:
-    """Where the checkpoint in `folder` stands. Raises: CheckpointError if it is damaged."""
-    try:
-        data: dict[str, Any] = json.loads((folder / POSITION).read_text(encoding="utf-8"))
-        return Position(**data)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / POSITION} is damaged ({error}); start over with --fresh"
-        ) from None
-
-
-def replace(
-    out: Path,
-    position: Position,
-    save_state: Callable[[str], object],
-    *,
-    is_main: bool,
-    wait: Callable[[], None],
-) -> None:
-    """Writes a checkpoint beside the current one, then puts it in its place.
-
-    Every process calls it; `save_state(folder)` writes, `wait` lets all processes catch up.
-    """
-    staging, current, old = (out / f"{CHECKPOINT}{end}" for end in (".tmp", "", ".old"))
-    if is_main:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-    wait()
-    save_state(str(staging))
-    wait()
-    if is_main:
-        (staging / POSITION).write_text(json.dumps(asdict(position)) + "\n", encoding="utf-8")
-        if current.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            current.rename(old)
-        staging.rename(current)
-        shutil.rmtree(old, ignore_errors=True)
-    wait()
 
 
 def _remove(out: Path, names: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,12 @@ def to_batch(rows: Any, eos_id: int, device: torch.device) -> Batch:
 
 @torch.no_grad()
 def validation_sums(
-    model: LanguageModel, corpus: Corpus, config: TrainConfig, rank: int, num_ranks: int
+    model: Callable[..., Any],
+    corpus: Corpus,
+    config: TrainConfig,
+    device: torch.device,
+    rank: int,
+    num_ranks: int,
 ) -> Tensor:
     """This rank's share of the held-out text: nats, tokens and bytes [3], float64.
 
@@ -38,14 +44,19 @@ def validation_sums(
     Every window starts from an empty state, as in training.
     """
     tokenizer, size = corpus.tokenizer, config.micro_batch_size
-    device = model.embedding.weight.device
     rows = validation_rows(
         corpus.validation.tokens, config.data.sequence_length, config.eval_tokens
     )
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for start in range(rank * size, len(rows), num_ranks * size):
-        batch = to_batch(rows[start : start + size], tokenizer.eos_id, device)
+    for first in range(0, len(rows), num_ranks * size):
+        start = first + rank * size
+        # Weights that are shared out need all ranks: one that has no rows left repeats some.
+        batch = to_batch(
+            rows[start : start + size] if start < len(rows) else rows[:1], tokenizer.eos_id, device
+        )
         logits, _ = model(batch.inputs, reset=batch.reset)
+        if start >= len(rows):
+            break
         text = batch.targets != tokenizer.eos_id
         nats = cross_entropy(logits, batch.targets)[text.flatten()].double().sum()
         num_bytes = len(tokenizer.decode_bytes(batch.targets.flatten().tolist()))
