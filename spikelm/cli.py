@@ -24,6 +24,7 @@ from spikelm.errors import MissingExtraError, SpikelmError, did_you_mean
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("spikelm_train.cli:main", "train a model from a YAML recipe"),
+    "export": ("spikelm_train.export:main", "the model of a run's checkpoint as a model folder"),
     "experiment": ("spikelm_train.experiments.cli:main", "run a study: variants, twins, seeds"),
     "recall": ("spikelm_train.recall.cli:main", "what small models of every mixer remember"),
     "data": ("spikelm_train.texts.cli:main", "text made ready to train on"),

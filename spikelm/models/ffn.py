@@ -50,7 +50,7 @@ class ChannelMix(Part):
     def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
         gate = {} if self.receptance is None else self.receptance.zero_state(batch_size, like)
         return {
-            "shift": like.new_zeros(batch_size, 1, self.shift.numel()),
+            "shift": like.new_zeros(batch_size, 1, self.config.width),
             **self.input.zero_state(batch_size, like),
             **gate,
             **self.output.zero_state(batch_size, like),
@@ -87,9 +87,9 @@ class GatedFFN(Part):
             self.shift.copy_(initial_shares(self.config, self.layer))
 
     def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
-        shift = (
-            {} if self.shift is None else {"shift": like.new_zeros(batch_size, 1, len(self.shift))}
-        )
+        shift = {}
+        if self.shift is not None:
+            shift = {"shift": like.new_zeros(batch_size, 1, self.config.width)}
         return {
             **shift,
             **self.input.zero_state(batch_size, like),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +59,12 @@ def _isolated() -> Iterator[None]:
 
     AcceleratorState._reset_state(True)
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> dict[str, Any]:
+    """The tiny recipe."""
+    return copy.deepcopy(RECIPE)
 
 
 @pytest.fixture

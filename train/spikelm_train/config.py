@@ -267,7 +267,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Matrix products in bfloat16 (autocast) or float32; auto: bf16 where it pays."""
     seed: int = 0
-    """Fixes the initial weights and the order of the data."""
+    """Fixes the initial weights, the order of the data and what dropout drops."""
     l1_hidden: float = 0.0
     """Weight of sum_c |h_c| of the FFN's hidden vector, mean over tokens and layers (nats)."""
     silence_rate: float = 0.2

@@ -121,6 +121,7 @@ class Trainer:
         self.corpus = corpus
         self.accelerator = accelerator
         self.reporter = reporter
+        restore_random(None, config.seed, 0, accelerator.process_index)
         self.module = LanguageModel(config.model).initialise(config.seed)
         self.num_parameters = sum(p.numel() for p in self.module.parameters())
         self.stages = Stages(config.stages, self.module)
@@ -173,6 +174,8 @@ class Trainer:
                 if signum:
                     self.save(seconds)
                     self.writer.finish()
+                    if self.reporter:
+                        self.reporter.draw()
                     self._say(
                         f"stopped after step {self.step}; run the same command again to continue"
                     )
@@ -343,7 +346,7 @@ class Trainer:
             checkpoint.save(folder, model, self.corpus.tokenizer)
 
     def save(self, seconds: float, *, finished: bool = False) -> None:
-        """Begins to write the checkpoint to continue from; draws the loss curve."""
+        """Begins to write the checkpoint to continue from."""
         self._finish_writing()
         position = Position(
             step=self.step,
@@ -355,8 +358,6 @@ class Trainer:
         )
         own = {"random": random_state(self.accelerator.device)}
         self.writer.begin(position, self._shared(), own, self.parallel.save_shards)
-        if self.reporter:
-            self.reporter.draw()
 
     def load(self, position: Position) -> None:
         """Continues from a checkpoint of the run, on the CPU bit for bit."""
@@ -368,7 +369,8 @@ class Trainer:
                 part.load_state_dict(shared[name])
             self.best = shared["best"]
             # Processes that were not there before draw numbers of their own.
-            restore_random(own["random"] if own else None, self.config.seed, position.step)
+            rank = self.accelerator.process_index
+            restore_random(own and own["random"], self.config.seed, position.step, rank)
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise checkpoints.damaged(found, error) from None
         if self.distillation:
@@ -442,6 +444,7 @@ class Trainer:
             self.reporter.say(
                 f"validation at step {self.step}: loss {loss:.3f}  {bits:.3f} bits/byte"
             )
+            self.reporter.draw()
         if loss < self.best:
             self.best = loss
             if self.config.keep_best:
@@ -475,6 +478,8 @@ class Trainer:
             f"{resolve_precision(self.config.precision)}"
             + (f"; continuing after step {self.step}" if self.step else "")
         )
+        if self.accelerator.is_main_process:
+            corpus.tokenizer.save(self.out / resume.TOKENIZER)
         if self.distillation and self.reporter:
             rows = self.sampler.rows(self.step, 0, self.config.micro_batch_size)
             batch = to_batch(rows, corpus.tokenizer.eos_id, accelerator.device)
@@ -508,10 +513,10 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def restore_random(state: dict[str, torch.Tensor] | None, seed: int, step: int) -> None:
+def restore_random(state: dict[str, torch.Tensor] | None, seed: int, step: int, rank: int) -> None:
     """Sets those generators, or seeds them where nothing was kept."""
     if state is None:
-        torch.manual_seed(hash((seed, step)))
+        torch.manual_seed(hash((seed, step, rank)))
         return
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():

@@ -12,12 +12,14 @@ them (an engine would keep them flattened, cast to bfloat16, or absent).
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, Protocol
 
 import torch
@@ -376,7 +378,7 @@ class Zero:
         self.neurons = take_out_neurons(module)
         self._neurons = [p for p in self.neurons.values() if p.requires_grad]
         plugin = accelerator.state.deepspeed_plugin
-        _fill(plugin.deepspeed_config, config, resolve_precision(config.precision))
+        fill_deepspeed(plugin.deepspeed_config, config, resolve_precision(config.precision))
         self.optimizers = _optimizers(module, config, self._neurons)
         self.model, _ = accelerator.prepare(module, self.optimizers[0])
         self.engine: Any = self.model
@@ -438,7 +440,7 @@ class Zero:
         return assembled(self.module, weights | self.neurons)
 
 
-def _fill(settings: dict[str, Any], config: TrainConfig, precision: str) -> None:
+def fill_deepspeed(settings: dict[str, Any], config: TrainConfig, precision: str) -> None:
     """Puts the recipe's numbers where the DeepSpeed configuration says auto, or nothing.
 
     Raises: ConfigError where it says something else.
@@ -574,32 +576,36 @@ def _join_alone(device: torch.device) -> None:
         )
 
 
-def zero_weights(folder: Path) -> dict[str, Tensor]:
-    """The float32 weights in a checkpoint folder that `Zero.save_shards` wrote, by name.
+def read_zero(folder: Path) -> dict[str, Tensor]:
+    """The float32 weights that `Zero.save_shards` wrote, without the neurons'.
 
-    Raises: MissingExtraError, CheckpointError.
+    Raises: MissingExtraError; CheckpointError if they are damaged.
     """
+    _check_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
     try:
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    except ImportError:
-        raise MissingExtraError("deepspeed", "deepspeed") from None
-    try:
-        found: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
-            str(folder), tag=Zero.FOLDER
-        )
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        with contextlib.redirect_stdout(io.StringIO()):  # it counts what it finds
+            found: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+                str(folder), tag=Zero.FOLDER
+            )
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
         raise CheckpointError(f"{folder}: {' '.join(str(error).split()):.200}") from None
     return found
 
 
-def shard_weights(folder: Path, model: LanguageModel) -> None:
-    """Fills `model` from a checkpoint folder that `Shards.save_shards` wrote.
+def read_shards(folder: Path, like: LanguageModel) -> dict[str, Tensor]:
+    """The weights that `Shards.save_shards` wrote of a model such as `like`.
 
-    Raises: CheckpointError if it is damaged or another model's.
+    Raises: CheckpointError if they are damaged.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    weights = {n: torch.empty(t.shape, dtype=t.dtype) for n, t in like.state_dict().items()}
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
     try:
-        load({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
-    except Exception as error:  # noqa: BLE001 - a CheckpointException is not an Exception alone
+        load({"model": weights}, checkpoint_id=folder, no_dist=True)
+    except (CheckpointException, OSError, UnpicklingError, EOFError) as error:
         raise CheckpointError(f"{folder}: {' '.join(str(error).split()):.200}") from None
+    return weights

@@ -4,6 +4,7 @@ config.yaml           the resolved recipe
 data/                 tokenizer and token files
 checkpoints/          everything to continue, by step
 best/                 the model with the lowest validation loss, if the recipe keeps it
+tokenizer/            of the text, and of every checkpoint
 teacher.json          whom a distilled run learns from
 metrics.jsonl  loss.png  tensorboard/
 config.json  model.safetensors  tokenizer.json ...   the trained model, at the end
@@ -26,7 +27,7 @@ from spikelm_train import checkpoints
 from spikelm_train.checkpoints import Position
 from spikelm_train.config import TrainConfig, differences
 
-CONFIG, BEST, TEACHER = "config.yaml", "best", "teacher.json"
+CONFIG, BEST, TEACHER, TOKENIZER = "config.yaml", "best", "teacher.json", "tokenizer"
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -39,6 +40,7 @@ RUN_FILES = (
     checkpoints.FOLDER,
     BEST,
     TEACHER,
+    TOKENIZER,
     "data",
     "metrics.jsonl",
     "loss.png",

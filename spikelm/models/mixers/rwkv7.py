@@ -57,7 +57,9 @@ class RWKV7Mixer(Part):
             self.value_bias = nn.Parameter(torch.empty(width))
         self.key_scale = nn.Parameter(torch.empty(width))
         self.key_rate = nn.Parameter(torch.empty(width))
-        self.bonus = nn.Parameter(torch.empty(width // c.head_dim, c.head_dim))
+        self.heads = width // c.head_dim, c.head_dim
+        """H, K. Not read from a parameter, which may be elsewhere when weights are shared out."""
+        self.bonus = nn.Parameter(torch.empty(self.heads))
         self.norm = LayerNorm(width, HEAD_NORM_EPS * c.head_dim)
 
     @staticmethod
@@ -94,7 +96,7 @@ class RWKV7Mixer(Part):
         self.bonus.zero_()
 
     def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
-        H, K = self.bonus.shape
+        H, K = self.heads
         projections = [m for m in self.children() if isinstance(m, Projection)]
         membranes = [projection.zero_state(batch_size, like) for projection in projections]
         return {
@@ -117,7 +119,7 @@ class RWKV7Mixer(Part):
             return x + change * self.get_parameter(f"{name}_shift")
 
         def heads(y: Tensor) -> Tensor:
-            split: Tensor = y.unflatten(-1, self.bonus.shape)
+            split: Tensor = y.unflatten(-1, self.heads)
             return split
 
         r = project(self.receptance, shifted("receptance"))
@@ -153,7 +155,7 @@ class RWKV7Mixer(Part):
     def _head_norm(self, out: Tensor) -> Tensor:
         """Layer norm of each head's channels [B, T, H, K] (a group norm)."""
         normed = F.layer_norm(out, out.shape[-1:], eps=self.norm.eps)
-        weight, bias = (p.view(self.bonus.shape) for p in (self.norm.weight, self.norm.bias))
+        weight, bias = (p.view(self.heads) for p in (self.norm.weight, self.norm.bias))
         return normed * weight + bias
 
 

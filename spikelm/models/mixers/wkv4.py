@@ -27,7 +27,7 @@ class WKV4Mixer(Part):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        width = config.width
+        self.width = width = config.width
         self.layer, self.num_layers = layer, config.num_layers
         self.key_shift = nn.Parameter(torch.empty(width))
         self.value_shift = nn.Parameter(torch.empty(width))
@@ -45,7 +45,7 @@ class WKV4Mixer(Part):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        width = self.decay.numel()
+        width = self.width
         channel = torch.arange(width, device=self.decay.device)
         depth = self.layer / max(self.num_layers - 1, 1)
         power = 0.7 + 1.3 * depth
@@ -57,7 +57,7 @@ class WKV4Mixer(Part):
         self.receptance_shift.copy_(1 - ramp.sqrt())
 
     def zero_state(self, batch_size: int, like: Tensor) -> LayerState:
-        width = self.decay.numel()
+        width = self.width
         return {
             **{name: like.new_zeros(batch_size, width) for name in ("p", "q", "o")},
             "shift": like.new_zeros(batch_size, 1, width),
