@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spikelm export",
         description="Write the model of a run's checkpoint as a model folder, in transformers' "
-        "format, with float32 weights in one file. Weights that FSDP2 or DeepSpeed shared out are put "
+        "format, with float32 weights in one file. What FSDP2 or DeepSpeed shared out is put "
         "together, on one process and without a GPU.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
