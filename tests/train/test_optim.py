@@ -58,7 +58,7 @@ def tiny_model(**changes: Any) -> LanguageModel:
 def test_parameter_groups_decay_projections_only() -> None:
     model = tiny_model()
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, others = parameter_groups(model, 0.1)
+    decayed, others = parameter_groups(model, OptimConfig())
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     with_decay = {names[id(p)] for p in decayed["params"]}
     without = {names[id(p)] for p in others["params"]}
@@ -75,7 +75,7 @@ def test_parameter_groups_decay_projections_only() -> None:
 def test_neurons_have_a_learning_rate_of_their_own() -> None:
     model = tiny_model()
     names = {id(p): name for name, p in model.named_parameters()}
-    *_, neurons = parameter_groups(model, 0.1, neuron_lr=0.1)
+    *_, neurons = parameter_groups(model, OptimConfig(neuron_lr=0.1))
     assert {names[id(p)].rpartition(".")[2] for p in neurons["params"]} == {"k", "dead_zone"}
     assert (neurons["weight_decay"], neurons["lr_factor"]) == (0.0, 0.1)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -85,7 +85,7 @@ def test_neurons_have_a_learning_rate_of_their_own() -> None:
 
 def test_parameter_groups_treat_a_tied_head_as_the_embedding() -> None:
     model = tiny_model(tie_embeddings=True)
-    decayed, others = parameter_groups(model, 0.1)
+    decayed, others = parameter_groups(model, OptimConfig())
     assert sum(p is model.embedding.weight for p in others["params"]) == 1
     assert all(p is not model.embedding.weight for p in decayed["params"])
 

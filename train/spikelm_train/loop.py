@@ -19,15 +19,17 @@ from spikelm.doctor import cpu_flags
 from spikelm.errors import CheckpointError, ConfigError, MissingExtraError, SpikelmError
 from spikelm.models.spikelm import LanguageModel
 from spikelm_train import resume
+from spikelm_train.average import Average
 from spikelm_train.config import TrainConfig
 from spikelm_train.data import Corpus, make_sampler, prepare
 from spikelm_train.distill import Distillation
+from spikelm_train.objective import Objective
 from spikelm_train.optim import lr_factor, make_optimizer
 from spikelm_train.quantised import Rounding
 from spikelm_train.report import Reporter
 from spikelm_train.silence import Silence
 from spikelm_train.stages import Stages, close_bypasses, ramp
-from spikelm_train.validation import cross_entropy, sample_text, to_batch, validation_sums
+from spikelm_train.validation import sample_text, to_batch, validation_sums
 
 # The L1 term grows to its weight over this part of the run.
 L1_RAMP = 0.1
@@ -136,6 +138,9 @@ class Trainer:
         self.accelerator = accelerator
         self.reporter = reporter
         self.module = LanguageModel(config.model).initialise(config.seed)
+        self.module.recompute_layers = config.activation_checkpointing == "layers"
+        self.average = Average(self.module, config.ema, accelerator.device)
+        self.objective = Objective(config.z_loss, config.loss_chunk)
         optimizer = make_optimizer(self.module, config.optim)
         self.distillation = self._distillation(optimizer)
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
@@ -147,6 +152,8 @@ class Trainer:
         self.stages = Stages(config.stages, self.module)
         if config.stages:
             accelerator.register_for_checkpointing(self.stages)
+        if config.ema is not None:
+            accelerator.register_for_checkpointing(self.average)
         self.rounding = Rounding(self.module, config.quantise_at)
         rows = config.micro_batch_size * config.grad_accum_steps * accelerator.num_processes
         self.sampler = make_sampler(config, corpus, rows)
@@ -216,6 +223,7 @@ class Trainer:
         logged = (self.step + 1) % config.log_every == 0 or self.step == 0
         silence.clear()
         silence.measure_all = logged
+        self.objective.clear()
         if self.distillation:
             self.distillation.clear()
         loss = self._accumulate(progress)
@@ -230,6 +238,7 @@ class Trainer:
         counts = self._summed(silence.counts())
         silence.steer(counts, progress)
         silence.watch(self._summed(silence.fired()))
+        self.average.update()
         self.step += 1
         if not logged:
             return None
@@ -247,7 +256,7 @@ class Trainer:
             "dead": silence.dead(config.log_every),
             "saturated": silence.saturated(counts),
             **({"revived": silence.revived} if config.revive_after else {}),
-            **self._distilled(),
+            **self._measured(),
         }
 
     def _accumulate(self, progress: float) -> float:
@@ -264,12 +273,16 @@ class Trainer:
                 balance: list[torch.Tensor] = []
                 taught = self.distillation
                 with taught.watching() if taught else contextlib.nullcontext():
-                    logits, _ = self.model(
-                        batch.inputs, reset=batch.reset, probe=self.silence, losses=balance
+                    output, _ = self.model(
+                        batch.inputs,
+                        reset=batch.reset,
+                        probe=self.silence,
+                        losses=balance,
+                        **self.objective.options(batch.targets),
                     )
-                loss = cross_entropy(logits, batch.targets).mean()
-                learned = taught.objective(loss, logits, batch) if taught else loss
-                objective = sum(balance, start=learned)
+                loss, more_terms = self.objective.terms(output, batch.targets)
+                learned = taught.objective(loss, output, batch) if taught else loss
+                objective = sum([*balance, *more_terms], start=learned)
                 if self.silence.penalise:
                     weight = self.config.l1_hidden * ramp(progress, L1_RAMP)
                     objective = objective + weight * self.silence.take_l1()
@@ -277,25 +290,26 @@ class Trainer:
             total += loss.detach() / parts
         return float(accelerator.reduce(total, "mean"))
 
-    def _distilled(self) -> dict[str, float]:
-        """What the last step differed from the teacher."""
-        if self.distillation is None:
-            return {}
+    def _measured(self) -> dict[str, float]:
+        """The last step's terms of the loss beside the cross-entropy."""
         parts = self.config.grad_accum_steps
-        sums = self.distillation.measured()
+        sums = self.objective.measured()
+        if self.distillation:
+            sums |= self.distillation.measured()
         return {n: float(self.accelerator.reduce(x / parts, "mean")) for n, x in sums.items()}
 
     def validate(self) -> tuple[float, float]:
         """(nats per token, bits per byte) of held-out text."""
         accelerator = self.accelerator
         self.module.eval()
-        sums = validation_sums(
-            self.module,
-            self.corpus,
-            self.config,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        with self.average.applied():
+            sums = validation_sums(
+                self.module,
+                self.corpus,
+                self.config,
+                accelerator.process_index,
+                accelerator.num_processes,
+            )
         self.module.train()
         nats, num_tokens, num_bytes = accelerator.reduce(sums, "sum").tolist()
         return nats / num_tokens, nats / num_bytes / math.log(2)
@@ -303,7 +317,8 @@ class Trainer:
     def sample(self) -> str:
         """The recipe's prompt and what the model makes of it."""
         config = dataclasses.replace(self.config, model=self.module.config, stages=())
-        return sample_text(self.module, self.corpus.tokenizer, config, self.out)
+        with self.average.applied():
+            return sample_text(self.module, self.corpus.tokenizer, config, self.out)
 
     def save(self, seconds: float, *, finished: bool = False) -> None:
         """Writes the checkpoint to continue from, and the loss curve."""
@@ -378,6 +393,7 @@ class Trainer:
         for stage in self.stages.enter(progress):
             changes = ", ".join(f"{name} {value:g}" for name, value in stage.changes.items())
             self._say(f"stage after step {self.step}: {stage.tensor_class} {changes}")
+            self.average.restart()
         if self.rounding.enter(progress):
             self._say(f"weights are rounded after step {self.step}")
 
@@ -388,7 +404,8 @@ class Trainer:
         if self.reporter:
             if self.config.sample_every:
                 self.reporter.say(f"sample: {self.sample()!r}")
-            checkpoint.save(self.out, self.module, self.corpus.tokenizer)
+            with self.average.applied():
+                checkpoint.save(self.out, self.module, self.corpus.tokenizer)
         self.save(seconds, finished=True)
         self._say(f"finished after {self.step} steps, {seconds:.0f} s; the model is in {self.out}")
 
