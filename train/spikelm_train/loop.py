@@ -141,7 +141,7 @@ class Trainer:
         self.module.recompute_layers = config.activation_checkpointing == "layers"
         self.average = Average(self.module, config.ema, accelerator.device)
         self.objective = Objective(config.z_loss, config.loss_chunk)
-        optimizer = make_optimizer(self.module, config.optim)
+        optimizer = make_optimizer(self.module, config.optim, accelerator.device)
         self.distillation = self._distillation(optimizer)
         self.model, self.optimizer = accelerator.prepare(self.module, optimizer)
         if self.distillation and self.distillation.map is not None:

@@ -15,6 +15,12 @@ from spikelm.errors import ConfigError, did_you_mean
 from spikelm.neurons import Neuron
 from spikelm_train.config import OptimConfig
 
+# The order of the groups, which checkpoints count on.
+MATRICES, DECAYED, OTHERS, NEURONS = range(4)
+
+# Devices that torch has a fused AdamW for.
+FUSED = ("cpu", "cuda", "mps", "xpu")
+
 _log = logging.getLogger(__name__)
 
 
@@ -71,10 +77,6 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
 
 
-# The order of the groups, which checkpoints count on.
-MATRICES, DECAYED, OTHERS, NEURONS = range(4)
-
-
 def _check_patterns(key: str, patterns: Mapping[str, float], names: Collection[str]) -> None:
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -88,8 +90,12 @@ def _first_match(name: str, patterns: Mapping[str, float], default: float) -> fl
     return next((x for p, x in patterns.items() if fnmatch.fnmatchcase(name, p)), default)
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser of a recipe over all trainable parameters of `model`."""
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, device: torch.device | None = None
+) -> torch.optim.Optimizer:
+    """The optimiser of a recipe over all trainable parameters of `model`, which will be on `device`
+    (by default the CPU) when it steps.
+    """
     groups = parameter_groups(model, config)
     betas = (config.betas[0], config.betas[1])
     if config.name == "spam":
@@ -105,20 +111,23 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
             density=config.spam_density,
         )
     rest = [group for group in groups if not group["matrices"]]
-    adamw = adamw_over(rest, lr=config.lr, betas=betas, eps=config.eps)
+    adamw = adamw_over(
+        rest, device or torch.device("cpu"), lr=config.lr, betas=betas, eps=config.eps
+    )
     matrices = [group for group in groups if group["matrices"]]
     if not matrices:
         return adamw
     return MuonAdamW(matrices, adamw, lr=config.lr, momentum=config.muon_momentum)
 
 
-def adamw_over(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.AdamW:
-    """AdamW, all parameters in one kernel where their device has one (CPU, CUDA, MPS, XPU)."""
-    try:
-        return torch.optim.AdamW(groups, **settings, fused=True)
-    except RuntimeError as error:
-        _log.warning("AdamW is not fused here and slower: %s", error)
-        return torch.optim.AdamW(groups, **settings)
+def adamw_over(
+    groups: list[dict[str, Any]], device: torch.device, **settings: Any
+) -> torch.optim.AdamW:
+    """AdamW for parameters on `device`: one kernel for all of them where there is one."""
+    fused = device.type in FUSED
+    if not fused:
+        _log.warning("torch has no fused AdamW for %s, so steps are slower", device.type)
+    return torch.optim.AdamW(groups, **settings, fused=fused)
 
 
 class MuonAdamW(torch.optim.Optimizer):
