@@ -169,6 +169,21 @@ def test_the_authors_rates_of_rwkv_find_their_parameters(
     assert {p.numel() for p in faster} == {config.width}
 
 
+def test_the_authors_decays_of_rwkv7_find_their_parameters() -> None:
+    decays = {"embedding.weight": 0.1, "*_down.linear.weight": 0.0, "*_up.linear.weight": 0.0}
+    with torch.device("meta"):
+        model = LanguageModel(load_model_config("rwkv7-0.1b"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, OptimConfig(decays=decays))
+    decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+    assert "embedding.weight" in decayed
+    layer = {n for n in decayed if n.startswith("layers.1.")}
+    assert {n.split(".")[3] for n in layer} == {
+        *("receptance", "key", "value", "output"),  # of the mixer
+        "input",  # of the channel mix, beside its output
+    }
+
+
 def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest() -> None:
     model = tiny_model()
     names = {id(p): name for name, p in model.named_parameters()}
