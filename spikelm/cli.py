@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "spikelm.conversion.cli:main_upcycle",
         "turn a dense model into a mixture of experts",
     ),
+    "average": ("spikelm.conversion.cli:main_average", "average the weights of several models"),
     "convert": ("spikelm.conversion.cli:main", "turn a trained model into a spike-coded one"),
     "generate": ("spikelm_serve.generate:main", "continue a prompt"),
     "chat": ("spikelm_serve.chat:main", "talk to a model in the terminal"),

@@ -1,4 +1,4 @@
-"""`spikelm convert RUN OUT` and `spikelm upcycle MODEL OUT`."""
+"""`spikelm convert RUN OUT`, `spikelm upcycle MODEL OUT` and `spikelm average MODEL ... OUT`."""
 
 from __future__ import annotations
 
@@ -183,6 +183,31 @@ def main_upcycle(argv: list[str]) -> int:
     print(
         f"{out}: {before:,} -> {after:,} parameters, experts scaled by {expert_scale(experts):.4f}"
     )
+    return 0
+
+
+def build_average_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spikelm average",
+        description="Average the weights of float models of one shape, such as the last ones of a "
+        "run.",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="float model folders")
+    parser.add_argument("--out", required=True, metavar="OUT", help="folder for the average")
+    return parser
+
+
+def main_average(argv: list[str]) -> int:
+    args = build_average_parser().parse_args(argv)
+    out = Path(args.out)
+    check_out(out)
+
+    from spikelm import checkpoint
+    from spikelm.conversion.average import average
+
+    mean = average([Path(model) for model in args.models])
+    checkpoint.save(out, mean.model, mean.tokenizer)
+    print(f"{out}: the mean of {len(args.models)} models")
     return 0
 
 

@@ -249,6 +249,26 @@ def _add_block(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_recompute(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="PRESET", nargs="?", default="spikelm-demo", help="name or YAML file"
+    )
+    parser.add_argument(
+        "--vocab", default="1024,32768,131072", metavar="N,...", help="entries (%(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="sequences (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="of each sequence (%(default)s)")
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=256,
+        help="tokens whose logits are in memory at a time (%(default)s)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs of which the median counts (%(default)s)"
+    )
+
+
 def _add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model folder with spiking projections")
     parser.add_argument("--data", metavar="FILE", nargs="+", help=DATA_HELP)
@@ -380,6 +400,26 @@ def _bench_block(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_recompute(args: argparse.Namespace) -> int:
+    from spikelm.eval.recompute import bench_recompute
+    from spikelm.eval.tables import recompute_table
+
+    try:
+        vocabularies = [int(size) for size in args.vocab.split(",")]
+    except ValueError:
+        raise ConfigError(f"--vocab takes integers like 1024,32768, got '{args.vocab}'") from None
+    report = bench_recompute(
+        args.model,
+        vocabularies=vocabularies,
+        batch=args.batch,
+        tokens=args.tokens,
+        chunk=args.chunk,
+        repeats=args.repeats,
+    )
+    print(json.dumps(report, indent=2) if args.json else recompute_table(report))
+    return 0
+
+
 def _bench_head(args: argparse.Namespace) -> int:
     from spikelm.corpus import read_documents
     from spikelm.eval.head import bench_head
@@ -477,6 +517,11 @@ BENCHES: dict[
         "training speed of one layer on the CPU, beside plain loops over the tokens",
         _add_block,
         _bench_block,
+    ),
+    "recompute": (
+        "memory and time of a training step that computes logits or layers again",
+        _add_recompute,
+        _bench_recompute,
     ),
     "steps": (
         "what sending changes of counts, or stopping at a sure token, would save and cost",

@@ -231,6 +231,28 @@ def block_table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def recompute_table(report: Mapping[str, Any]) -> str:
+    """What `spikelm bench recompute` prints: a row per vocabulary and form."""
+    rows = [["vocabulary", "computed again", "peak memory", "CPU time", "time"]]
+    whole = None
+    for row in report["measurements"]:
+        if row["again"] == "nothing":
+            whole = row["seconds"]
+        killed = row["seconds"] is None
+        ratio = "-" if killed or whole is None else f"{row['seconds'] / whole:.2f} x"
+        cells = ["killed", "-"] if killed else [size(row["peak_bytes"]), f"{row['seconds']:.2f} s"]
+        rows.append([f"{row['vocabulary']:,}", row["again"], *cells, ratio])
+    lines = [
+        aligned(rows, left=2),
+        "",
+        f"{report['model']}, width {report['width']}, {report['layers']} layers, "
+        f"{report['batch']} x {report['tokens']} tokens, logits of {report['chunk']} at a time",
+        f"CPU, {report['threads']} threads, float32, medians of {report['repeats']}; memory above "
+        "the model and its gradients",
+    ]
+    return "\n".join(lines)
+
+
 def head_table(report: Mapping[str, Any]) -> str:
     """What `spikelm bench head` prints."""
     columns = ["exact logits", "weights read", "ms per token", "total variation"]

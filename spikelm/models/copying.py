@@ -53,10 +53,8 @@ class HeadQK(nn.Module):
         copies, outputs = state["copies"], []
         starts = range(0, tokens.shape[1], CHUNK)
         for start in starts:
-            part, segment = slice(start, start + CHUNK), None
-            if context.segment is not None:
-                before = context.segment[:, start - 1 : start] if start else 0
-                segment = context.segment[:, part] - before
+            part = slice(start, start + CHUNK)
+            segment = context.part(part).segment
             if not last_only or start == starts[-1]:
                 asked = slice(-1, None) if last_only else slice(None)
                 now = q[:, part], k[:, part], tokens[:, part], segment

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -36,6 +36,14 @@ class Context:
     """False for the sink embeddings, which see each other in both directions."""
     shared: dict[str, Tensor] = field(default_factory=dict)
     """What an earlier layer of this call hands to later ones."""
+
+    def part(self, tokens: slice) -> Context:
+        """The same for some of the tokens, the state in front of which is known."""
+        segment = self.segment
+        if segment is not None:
+            before = segment[:, tokens.start - 1 : tokens.start] if tokens.start else 0
+            segment = segment[:, tokens] - before
+        return replace(self, position=self.position[:, tokens], segment=segment)
 
 
 class Part(nn.Module):

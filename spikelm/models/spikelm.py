@@ -9,8 +9,9 @@ B sequences, T tokens, D width, N vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,12 @@ from spikelm.models.layers import (
     unprefixed,
 )
 from spikelm.models.mixers import make_mixer
+from spikelm.models.recompute import recomputed
 from spikelm.neurons import Neuron, Probe, Spikes
 from spikelm.state import LayerState, State
+
+Reader = Callable[[Tensor, slice], Tensor]
+"""Takes the logits [B, t, N] of the tokens in a slice; what it makes of them is [B, t, ...]."""
 
 
 class Embedding(nn.Module):
@@ -108,6 +113,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute_layers = False
+        """Whether training computes each layer again in the backward pass."""
         self.embedding = Embedding(config)
         self.embedding_output = make_optional_neuron("embedding_output", config.width, config)
         self.embedding_norm = make_norm(config) if config.embedding_norm else None
@@ -208,7 +215,11 @@ class LanguageModel(nn.Module):
         """The residual stream [B, T, D] through all layers."""
         layers = []
         for layer, layer_state in zip(self._layers(), state.layers, strict=False):
-            x, layer_state = layer(x, layer_state, context)
+            if self.recompute_layers and self.training:
+                run = functools.partial(_run_layer, layer, layer_state)
+                x, layer_state = recomputed(run, x, context)
+            else:
+                x, layer_state = layer(x, layer_state, context)
             layers.append(layer_state)
         return x, State((*layers, state.layers[-1]), context.position[:, -1] + 1)
 
@@ -221,6 +232,8 @@ class LanguageModel(nn.Module):
         probe: Probe | None = None,
         losses: list[Tensor] | None = None,
         last_only: bool = False,
+        read: Reader | None = None,
+        read_tokens: int = 0,
     ) -> tuple[Tensor, State]:
         """Next-token logits of `tokens` [B, T] (T >= 1) after `state`, and the state after them.
 
@@ -228,9 +241,15 @@ class LanguageModel(nn.Module):
         documents. Layers add terms of the training loss (load balance) to `losses`. `last_only`
         computes the logits of the last token alone. Returns logits [B, T or 1, N] in the
         parameters' precision.
+
+        With `read` the result is what that makes of the logits [B, T, ...], such as losses. Those
+        of `read_tokens` tokens (of all sequences together) are then in memory at a time, and
+        computed again in the backward pass.
         """
         if reset is not None and self.sink_embeddings is not None:
-            return self._forward_documents(tokens, state, reset, probe, losses, last_only)
+            return self._forward_documents(
+                tokens, state, reset, probe, losses, last_only, read, read_tokens
+            )
         if state is None:
             state = self.initial_state(tokens.shape[0])
         context = Context(*_positions(tokens, state.position, reset), probe, losses)
@@ -241,20 +260,63 @@ class LanguageModel(nn.Module):
             x = self.embedding_norm(x)
         x, state = self._layers_forward(x, state, context)
         x = self.norm(x)
+        if read is None:
+            y, kept = self._logits(x, tokens, outer, context, last_only)
+        else:
+            y, kept = self._read(x, tokens, outer, context, read, read_tokens)
+        after |= kept
+        return y, State((*state.layers[:-1], after), state.position)
+
+    def _logits(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        state: LayerState,
+        context: Context,
+        last_only: bool = False,
+    ) -> tuple[Tensor, LayerState]:
+        """The logits of what leaves the last norm [B, T, D], and the head's part of the state."""
+        after: LayerState = {}
         copied = None
         if self.head_qk is not None:
-            copied, kept = self.head_qk(x, tokens, outer, context, last_only)
+            copied, kept = self.head_qk(x, tokens, state, context, last_only)
             after |= kept
         # A membrane in front of the head must see every token.
         if last_only and self.head.neuron.config.kind != "lif":
             x = x[:, -1:]
-        logits, kept = self.head(x, outer, context)
+        logits, kept = self.head(x, state, context)
         after |= kept
         if copied is not None:
             logits = logits[:, -copied.shape[1] :] + copied.to(logits.dtype)
         if last_only:
             logits = logits[:, -1:]
-        return logits, State((*state.layers[:-1], after), state.position)
+        return logits, after
+
+    def _read(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        state: LayerState,
+        context: Context,
+        read: Reader,
+        read_tokens: int,
+    ) -> tuple[Tensor, LayerState]:
+        """`read` of the logits, a few tokens after the other, and the head's part of the state."""
+        B, T = tokens.shape
+        size = max(1, read_tokens // B)
+        outputs, after = [], dict[str, Tensor]()
+        for start in range(0, T, size):
+            part = slice(start, min(start + size, T))
+
+            def run(
+                x: Tensor, context: Context, part: slice = part, before: LayerState = after
+            ) -> tuple[Tensor, LayerState]:
+                logits, kept = self._logits(x, tokens[:, part], state | before, context)
+                return read(logits, part), kept
+
+            y, after = recomputed(run, x[:, part], context.part(part))
+            outputs.append(y)
+        return torch.cat(outputs, 1), after
 
     def _forward_documents(
         self,
@@ -264,6 +326,8 @@ class LanguageModel(nn.Module):
         probe: Probe | None,
         losses: list[Tensor] | None,
         last_only: bool,
+        read: Reader | None,
+        read_tokens: int,
     ) -> tuple[Tensor, State]:
         """Pieces between resets one after the other, as a document's initial state is not zero."""
         T = tokens.shape[1]
@@ -276,11 +340,29 @@ class LanguageModel(nn.Module):
             if begins:
                 state = state.put(begins, start.take(begins))
             with shared_losses(losses, (end - begin) / T) as terms:
-                logits, state = self(
-                    tokens[:, begin:end], state, probe=probe, losses=terms, last_only=last_only
+                y, state = self(
+                    tokens[:, begin:end],
+                    state,
+                    probe=probe,
+                    losses=terms,
+                    last_only=last_only,
+                    read=None if read is None else functools.partial(_shifted, read, begin),
+                    read_tokens=read_tokens,
                 )
-            outputs.append(logits)
+            outputs.append(y)
         return (outputs[-1] if last_only else torch.cat(outputs, 1)), state
+
+
+def _run_layer(
+    layer: Layer, state: LayerState, x: Tensor, context: Context
+) -> tuple[Tensor, LayerState]:
+    after: tuple[Tensor, LayerState] = layer(x, state, context)
+    return after
+
+
+def _shifted(read: Reader, start: int, logits: Tensor, part: slice) -> Tensor:
+    """`read` for tokens that are counted from `start` on."""
+    return read(logits, slice(start + part.start, start + part.stop))
 
 
 @contextlib.contextmanager

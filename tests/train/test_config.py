@@ -74,6 +74,12 @@ def test_resolved_recipe_is_reloadable(tmp_path: Path) -> None:
         ("max_seconds=-1", "max_seconds"),
         ("revive_after=-1", "revive_after: -1 given; allowed: an integer >= 0"),
         ("optim.neuron_lr=-1", "neuron_lr: -1.0 given; allowed: a number >= 0"),
+        ("optim.rates={'*.k': -1}", "rates.*.k: -1.0 given; allowed: a number >= 0"),
+        ("optim.muon_momentum=1", "muon_momentum: 1.0 given"),
+        ("loss_chunk=-1", "loss_chunk: -1 given; allowed: an integer >= 0"),
+        ("z_loss=-1", "z_loss: -1.0 given"),
+        ("ema=1", "ema: 1.0 given; allowed: 0 < decay < 1, or null"),
+        ("activation_checkpointing=layer", "did you mean 'layers'"),
         ("model.vocab_size=999", "drop model.vocab_size"),
         ("model.neurons.ffn_hidden.dead_zone=0", "ffn_hidden.dead_zone"),
         ("model=spikelm-dmo", "did you mean 'spikelm-demo"),
@@ -86,6 +92,11 @@ def test_bad_value_is_named(assignment: str, message: str) -> None:
         load_recipe("demo", [assignment])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_losses_in_chunks_have_no_teacher() -> None:
+    with pytest.raises(ConfigError, match="loss_chunk: 64 given; allowed: 0 with distill.teacher"):
+        load_recipe("demo", ["loss_chunk=64", "distill.teacher=x"])
 
 
 def test_wsd_fractions_may_not_overlap() -> None:

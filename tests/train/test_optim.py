@@ -8,10 +8,27 @@ import pytest
 import torch
 from torch import nn
 
-from spikelm.config import FFNConfig, ModelConfig, NeuronConfig, NeuronsConfig
+from spikelm.config import (
+    FFNConfig,
+    ModelConfig,
+    NeuronConfig,
+    NeuronsConfig,
+    load_model_config,
+)
+from spikelm.errors import ConfigError
 from spikelm.models.spikelm import LanguageModel
 from spikelm_train.config import OptimConfig
-from spikelm_train.optim import SPAM, lr_factor, make_optimizer, parameter_groups, reset_scale
+from spikelm_train.optim import (
+    SPAM,
+    MuonAdamW,
+    adamw_over,
+    lr_factor,
+    make_optimizer,
+    parameter_groups,
+    reset_scale,
+)
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +75,7 @@ def tiny_model(**changes: Any) -> LanguageModel:
 def test_parameter_groups_decay_projections_only() -> None:
     model = tiny_model()
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, others = parameter_groups(model, 0.1)
+    decayed, others = parameter_groups(model, OptimConfig())
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     with_decay = {names[id(p)] for p in decayed["params"]}
     without = {names[id(p)] for p in others["params"]}
@@ -75,7 +92,7 @@ def test_parameter_groups_decay_projections_only() -> None:
 def test_neurons_have_a_learning_rate_of_their_own() -> None:
     model = tiny_model()
     names = {id(p): name for name, p in model.named_parameters()}
-    *_, neurons = parameter_groups(model, 0.1, neuron_lr=0.1)
+    *_, neurons = parameter_groups(model, OptimConfig(neuron_lr=0.1))
     assert {names[id(p)].rpartition(".")[2] for p in neurons["params"]} == {"k", "dead_zone"}
     assert (neurons["weight_decay"], neurons["lr_factor"]) == (0.0, 0.1)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -85,7 +102,7 @@ def test_neurons_have_a_learning_rate_of_their_own() -> None:
 
 def test_parameter_groups_treat_a_tied_head_as_the_embedding() -> None:
     model = tiny_model(tie_embeddings=True)
-    decayed, others = parameter_groups(model, 0.1)
+    decayed, others = parameter_groups(model, OptimConfig())
     assert sum(p is model.embedding.weight for p in others["params"]) == 1
     assert all(p is not model.embedding.weight for p in decayed["params"])
 
@@ -97,6 +114,142 @@ def test_make_optimizer_uses_the_recipe() -> None:
     spam = make_optimizer(tiny_model(), OptimConfig(name="spam", spam_reset_every=7))
     assert isinstance(spam, SPAM)
     assert spam.defaults["reset_every"] == 7
+
+
+def test_rates_and_decays_go_by_name() -> None:
+    model = tiny_model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    config = OptimConfig(
+        neuron_lr=0.1,
+        rates={"*.dead_zone": 3.0, "*.ffn.*": 2.0},
+        decays={"embedding.weight": 0.3, "*.mixer.output.*": 0.0},
+    )
+    found = {
+        names[id(p)]: (group["weight_decay"], group["lr_factor"])
+        for group in parameter_groups(model, config)
+        for p in group["params"]
+    }
+    assert found["embedding.weight"] == (0.3, 1.0)
+    assert found["layers.0.mixer.output.linear.weight"] == (0.0, 1.0)
+    assert found["layers.0.ffn.output.linear.weight"] == (0.1, 2.0)
+    assert found["layers.0.ffn.output.neuron.dead_zone"] == (0.0, 3.0)  # the first pattern
+    assert found["layers.0.ffn.output.neuron.k"] == (0.0, 2.0)
+    assert found["layers.0.mixer.conv"] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rates": {"embeding.weight": 2.0}}, "did you mean 'embedding.weight'?"),
+        ({"decays": {"*.time_decay": 0.0}}, "optim.decays: '*.time_decay' matches no trained"),
+    ],
+)
+def test_a_pattern_without_match_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_optimizer(tiny_model(), OptimConfig(**settings))
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("preset", "rates"),
+    [
+        ("rwkv7-0.1b", {"*.mixer.decay_bias": 2.0}),
+        ("spikegpt-46m", {"*.mixer.decay": 2.0, "*.mixer.bonus": 3.0}),
+    ],
+)
+def test_the_authors_rates_of_rwkv_find_their_parameters(
+    preset: str, rates: dict[str, float]
+) -> None:
+    config = load_model_config(preset)
+    with torch.device("meta"):
+        groups = parameter_groups(LanguageModel(config), OptimConfig(rates=rates))
+    faster = [p for group in groups if group["lr_factor"] != 1 for p in group["params"]]
+    assert len(faster) == len(rates) * config.num_layers
+    assert {p.numel() for p in faster} == {config.width}
+
+
+def test_the_authors_decays_of_rwkv7_find_their_parameters() -> None:
+    decays = {"embedding.weight": 0.1, "*_down.linear.weight": 0.0, "*_up.linear.weight": 0.0}
+    with torch.device("meta"):
+        model = LanguageModel(load_model_config("rwkv7-0.1b"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model, OptimConfig(decays=decays))
+    decayed = {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+    assert "embedding.weight" in decayed
+    layer = {n for n in decayed if n.startswith("layers.1.")}
+    assert {n.split(".")[3] for n in layer} == {
+        *("receptance", "key", "value", "output"),  # of the mixer
+        "input",  # of the channel mix, beside its output
+    }
+
+
+def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest() -> None:
+    model = tiny_model()
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, OptimConfig(name="muon", lr=0.5, muon_lr=0.1))
+    assert isinstance(optimizer, MuonAdamW)
+    muon = {names[id(p)] for g in optimizer.muon.param_groups for p in g["params"]}
+    adamw = {names[id(p)] for g in optimizer.adamw.param_groups for p in g["params"]}
+    assert "layers.0.ffn.input.linear.weight" in muon
+    assert all(name.endswith("linear.weight") for name in muon)
+    assert {"head.linear.weight", "embedding.weight", "norm.weight"} <= adamw
+    assert muon.isdisjoint(adamw)
+    assert muon | adamw == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {g["lr_factor"] for g in optimizer.muon.param_groups} == {0.1}
+    optimizer.param_groups[0]["lr"] = 7.0
+    assert optimizer.muon.param_groups[0]["lr"] == 7.0
+
+
+def test_muon_does_what_its_parts_do_alone() -> None:
+    torch.manual_seed(0)
+    start = {"matrix": torch.randn(6, 4), "vector": torch.randn(4), "added": torch.randn(3)}
+    ours = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
+    alone = {name: nn.Parameter(tensor.clone()) for name, tensor in start.items()}
+    rest = adamw_over([{"params": [ours["vector"]], "weight_decay": 0.0}], CPU, lr=0.1)
+    matrices = [{"params": [ours["matrix"]], "weight_decay": 0.3, "matrices": True}]
+    optimizer = MuonAdamW(matrices, rest, lr=0.1, momentum=0.9)
+    optimizer.add_param_group({"params": [ours["added"]], "weight_decay": 0.2})
+    parts = [
+        torch.optim.Muon(
+            [alone["matrix"]],
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=0.3,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW([alone["vector"]], lr=0.1, weight_decay=0.0, fused=True),
+        torch.optim.AdamW([alone["added"]], lr=0.1, weight_decay=0.2, fused=True),
+    ]
+    for step in range(6):
+        if step == 3:  # a reload in between
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for name in start:
+            grad = torch.randn(start[name].shape)
+            ours[name].grad, alone[name].grad = grad.clone(), grad.clone()
+        optimizer.step()
+        for part in parts:
+            part.step()
+        for name in start:
+            assert torch.equal(ours[name], alone[name]), (step, name)
+
+
+def test_updates_of_muon_are_as_large_as_adamws() -> None:
+    matrix = nn.Parameter(torch.zeros(64, 256))
+    matrices = [{"params": [matrix], "weight_decay": 0.0, "matrices": True}]
+    vector = adamw_over([{"params": [nn.Parameter(torch.zeros(2))]}], CPU, lr=0.1)
+    drive(MuonAdamW(matrices, vector, lr=0.1, momentum=0.95), matrix, [torch.randn(64, 256)])
+    # AdamW's measured root mean square is 0.2 to 0.4 of the rate (Liu et al. 2025).
+    assert 0.1 * 0.15 < matrix.detach().square().mean().sqrt().item() < 0.1 * 0.25
+
+
+def test_adamw_is_fused_where_it_can_be(caplog: pytest.LogCaptureFixture) -> None:
+    fused = make_optimizer(tiny_model(), OptimConfig())
+    assert fused.defaults["fused"] is True
+    assert not caplog.records
+    plain = make_optimizer(tiny_model(), OptimConfig(), torch.device("privateuseone"))
+    assert plain.defaults["fused"] is False
+    assert "no fused AdamW for privateuseone" in caplog.text
 
 
 def drive(optimizer: torch.optim.Optimizer, p: nn.Parameter, grads: list[Any]) -> list[float]:

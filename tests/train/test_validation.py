@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from spikelm_train.loop import Trainer
-from spikelm_train.validation import cross_entropy, validation_sums
+from spikelm_train.objective import cross_entropy
+from spikelm_train.validation import validation_sums
 
 Make = Callable[..., Trainer]
 

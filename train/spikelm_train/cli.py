@@ -76,6 +76,7 @@ def main(argv: list[str]) -> int:
     if arguments.out == Path():
         raise ConfigError("--out is empty; name a folder for the run and its model")
     check_memory(config)
+    check_optimizer(config)
     if arguments.dry_run:
         print(describe(config))
         return 0
@@ -153,6 +154,17 @@ def check_memory(config: TrainConfig) -> None:
         )
 
 
+def check_optimizer(config: TrainConfig) -> None:
+    """Raises: ConfigError for patterns of `optim` that match no parameter."""
+    import torch
+
+    from spikelm.models.spikelm import LanguageModel
+    from spikelm_train.optim import parameter_groups
+
+    with torch.device("meta"):
+        parameter_groups(LanguageModel(config.model), config.optim)
+
+
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the model, a tied head counted once."""
     import torch
@@ -166,19 +178,26 @@ def count_parameters(config: ModelConfig) -> int:
 def estimate_bytes(config: TrainConfig, parameters: int, precision: str) -> int:
     """A rough estimate of a process's peak memory for tensors.
 
-    Parameters, gradients and two moments in float32; per token and layer some 24 D + 6 F kept
-    values, and three copies of the logits in float32.
+    Parameters, gradients and two moments (and the average) in float32; per token and layer some
+    24 D + 6 F kept values, and three copies of the logits in float32. Of layers that are computed
+    again one is kept, and the inputs of all.
     """
     model = config.model
     tokens = config.micro_batch_size * config.data.sequence_length
     width = 2 if precision == "bf16" else 4
-    kept = model.num_layers * (24 * model.width + 6 * model.ffn.hidden_dim) * width
+    kept = (24 * model.width + 6 * model.ffn.hidden_dim) * width
+    if config.activation_checkpointing == "layers":
+        kept += 4 * model.num_layers * model.width
+    else:
+        kept *= model.num_layers
     logits, teacher = 12 * model.vocab_size, 0
     if config.distill.teacher is not None:
         # Its logits, and probabilities of both.
         logits *= 2
         teacher = 4 * count_parameters(_config_of(config.distill.teacher))
-    return 16 * parameters + teacher + tokens * (kept + logits)
+    held = 20 if config.ema is not None else 16
+    in_logits = min(tokens, config.loss_chunk or tokens)
+    return held * parameters + teacher + tokens * kept + in_logits * logits
 
 
 def _config_of(folder: str) -> ModelConfig:

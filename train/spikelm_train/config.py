@@ -80,8 +80,9 @@ class DataConfig:
 class OptimConfig:
     """Optimiser and schedule; the fractions are of the whole run."""
 
-    name: Literal["adamw", "spam"] = "adamw"
-    """adamw; spam: Adam with spike clipping and momentum resets."""
+    name: Literal["adamw", "spam", "muon"] = "adamw"
+    """adamw; spam: Adam with spike clipping and momentum resets; muon: orthogonalised momentum for
+    projections but the head, AdamW for the rest."""
     lr: float = 3e-3
     """Peak learning rate."""
     betas: tuple[float, ...] = (0.9, 0.95)
@@ -92,6 +93,11 @@ class OptimConfig:
     """Decoupled decay of projection weights; everything else has none."""
     neuron_lr: float = 1.0
     """Learning rate of what neurons learn (k, dead zones, time constants), as a factor of `lr`."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Learning rate of the parameters whose names match a pattern such as `*.mixer.decay`, as a
+    factor of `lr`; the first that matches counts."""
+    decays: dict[str, float] = field(default_factory=dict)
+    """Weight decay of the parameters whose names match a pattern; the first that matches counts."""
     grad_clip: float | None = 1.0
     """Largest gradient norm; null does not clip."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -112,14 +118,23 @@ class OptimConfig:
     """Steps over which the updates come back after a reset."""
     spam_density: float = 1.0
     """Part of the entries of each matrix that spam updates between two resets."""
+    muon_lr: float = 1.0
+    """Learning rate of the matrices that muon updates, as a factor of `lr`; at 1 their updates are
+    as large as AdamW's."""
+    muon_momentum: float = 0.95
+    """Decay per step of the momentum that muon orthogonalises."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "lr", self.lr, "a number > 0")
         ok = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _require(ok, "betas", list(self.betas), "two numbers, 0 <= beta < 1")
         _require(self.eps > 0, "eps", self.eps, "a number > 0")
-        for name in ("weight_decay", "neuron_lr"):
+        for name in ("weight_decay", "neuron_lr", "muon_lr"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
+        for name in ("rates", "decays"):
+            for pattern, value in getattr(self, name).items():
+                _require(value >= 0, f"{name}.{pattern}", value, "a number >= 0")
+        _require(0 <= self.muon_momentum < 1, "muon_momentum", self.muon_momentum, "0 <= m < 1")
         if self.grad_clip is not None:
             _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "a number > 0, or null")
         for name in ("warmup_fraction", "final_lr_fraction", "wsd_decay_fraction"):
@@ -268,6 +283,16 @@ class TrainConfig:
     """Matrix products in bfloat16 (autocast) or float32; auto: bf16 where it pays."""
     seed: int = 0
     """Fixes the initial weights, the order of the data and what dropout drops."""
+    loss_chunk: int = 0
+    """Tokens whose logits are in memory at a time; they are computed again in the backward pass. 0
+    keeps those of all tokens."""
+    activation_checkpointing: Literal["none", "layers"] = "none"
+    """layers: the backward pass computes each layer again instead of keeping its activations."""
+    ema: float | None = None
+    """Decay per step of the averaged weights that are validated, sampled and written at the end;
+    null takes the trained ones."""
+    z_loss: float = 0.0
+    """Weight of the squared logarithm of the softmax's normaliser, mean over tokens (nats)."""
     l1_hidden: float = 0.0
     """Weight of sum_c |h_c| of the FFN's hidden vector, mean over tokens and layers (nats)."""
     silence_rate: float = 0.2
@@ -319,11 +344,24 @@ class TrainConfig:
             "sample_tokens",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer >= 1")
-        for name in ("eval_every", "save_every", "sample_every", "revive_after", "seed"):
+        for name in (
+            "eval_every",
+            "save_every",
+            "sample_every",
+            "revive_after",
+            "seed",
+            "loss_chunk",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "an integer >= 0")
         _require(self.seed < 2**63, "seed", self.seed, "an integer below 2^63")
-        for name in ("l1_hidden", "silence_rate"):
+        for name in ("l1_hidden", "silence_rate", "z_loss"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")
+        _require(self.ema is None or 0 < self.ema < 1, "ema", self.ema, "0 < decay < 1, or null")
+        if self.loss_chunk and self.distill.teacher is not None:
+            raise ConfigError(
+                f"loss_chunk: {self.loss_chunk} given; allowed: 0 with distill.teacher, whose "
+                "logits are compared as a whole"
+            )
         _require(0 < self.quantise_at < 1, "quantise_at", self.quantise_at, "0 < at < 1")
         if self.distill.features > 0 and self.model.sink_embeddings:
             raise ConfigError("distill.features needs a model without sink_embeddings")

@@ -15,11 +15,13 @@ from spikelm import checkpoint
 from spikelm.errors import CheckpointError, SpikelmError
 from spikelm.models.spikelm import LanguageModel
 from spikelm_train import checkpoints, resume
+from spikelm_train.average import Average
 from spikelm_train.checkpoints import Position
 from spikelm_train.config import TrainConfig
 from spikelm_train.data import Corpus, make_sampler, prepare
 from spikelm_train.distill import Distillation
 from spikelm_train.guard import Guard
+from spikelm_train.objective import Objective
 from spikelm_train.optim import lr_factor
 from spikelm_train.parallel import (
     Strategy,
@@ -32,7 +34,7 @@ from spikelm_train.quantised import Rounding
 from spikelm_train.report import Reporter
 from spikelm_train.silence import Silence
 from spikelm_train.stages import Stages, close_bypasses, ramp
-from spikelm_train.validation import cross_entropy, sample_text, to_batch, validation_sums
+from spikelm_train.validation import sample_text, to_batch, validation_sums
 
 # The L1 term grows to its weight over this part of the run.
 L1_RAMP = 0.1
@@ -124,6 +126,9 @@ class Trainer:
         restore_random(None, config.seed, 0, accelerator.process_index)
         self.module = LanguageModel(config.model).initialise(config.seed)
         self.num_parameters = sum(p.numel() for p in self.module.parameters())
+        self.module.recompute_layers = config.activation_checkpointing == "layers"
+        self.average = Average(self.module, config.ema, accelerator.device)
+        self.objective = Objective(config.z_loss, config.loss_chunk)
         self.stages = Stages(config.stages, self.module)
         self.rounding = Rounding(self.module, config.quantise_at)
         self.distillation = self._distillation()
@@ -207,6 +212,7 @@ class Trainer:
         logged = (self.step + 1) % config.log_every == 0 or self.step == 0
         silence.clear()
         silence.measure_all = logged
+        self.objective.clear()
         if self.distillation:
             self.distillation.clear()
         loss = self._accumulate(progress)
@@ -224,6 +230,7 @@ class Trainer:
         counts = self._summed(silence.counts())
         silence.steer(counts, progress)
         silence.watch(self._summed(silence.fired()))
+        self.average.update()
         self.step += 1
         if not logged:
             return None
@@ -241,7 +248,7 @@ class Trainer:
             "dead": silence.dead(config.log_every),
             "saturated": silence.saturated(counts),
             **({"revived": silence.revived} if config.revive_after else {}),
-            **self._distilled(),
+            **self._measured(),
         }
 
     def _intervene(self, action: str, what: str) -> None:
@@ -294,12 +301,16 @@ class Trainer:
                 balance: list[torch.Tensor] = []
                 taught = self.distillation
                 with taught.watching() if taught else contextlib.nullcontext():
-                    logits, _ = self.parallel.model(
-                        batch.inputs, reset=batch.reset, probe=self.silence, losses=balance
+                    output, _ = self.parallel.model(
+                        batch.inputs,
+                        reset=batch.reset,
+                        probe=self.silence,
+                        losses=balance,
+                        **self.objective.options(batch.targets),
                     )
-                loss = cross_entropy(logits, batch.targets).mean()
-                learned = taught.objective(loss, logits, batch) if taught else loss
-                objective = sum(balance, start=learned)
+                loss, more_terms = self.objective.terms(output, batch.targets)
+                learned = taught.objective(loss, output, batch) if taught else loss
+                objective = sum([*balance, *more_terms], start=learned)
                 if self.silence.penalise:
                     weight = self.config.l1_hidden * ramp(progress, L1_RAMP)
                     objective = objective + weight * self.silence.take_l1()
@@ -307,26 +318,27 @@ class Trainer:
             total += loss.detach() / parts
         return float(accelerator.reduce(total, "mean"))
 
-    def _distilled(self) -> dict[str, float]:
-        """What the last step differed from the teacher."""
-        if self.distillation is None:
-            return {}
+    def _measured(self) -> dict[str, float]:
+        """The last step's terms of the loss beside the cross-entropy."""
         parts = self.config.grad_accum_steps
-        sums = self.distillation.measured()
+        sums = self.objective.measured()
+        if self.distillation:
+            sums |= self.distillation.measured()
         return {n: float(self.accelerator.reduce(x / parts, "mean")) for n, x in sums.items()}
 
     def validate(self) -> tuple[float, float]:
         """(nats per token, bits per byte) of held-out text."""
         accelerator = self.accelerator
         self.module.eval()
-        sums = validation_sums(
-            self.parallel.evaluated,
-            self.corpus,
-            self.config,
-            accelerator.device,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        with self.average.applied():
+            sums = validation_sums(
+                self.parallel.evaluated,
+                self.corpus,
+                self.config,
+                accelerator.device,
+                accelerator.process_index,
+                accelerator.num_processes,
+            )
         self.module.train()
         nats, num_tokens, num_bytes = accelerator.reduce(sums, "sum").tolist()
         return nats / num_tokens, nats / num_bytes / math.log(2)
@@ -335,15 +347,17 @@ class Trainer:
         """The recipe's prompt and what the model makes of it; to be called by all processes."""
         model = self.parallel.whole()
         config = dataclasses.replace(self.config, model=self.module.config, stages=())
-        if not self.accelerator.is_main_process:
-            return ""
-        return sample_text(model, self.corpus.tokenizer, config, self.out)
+        with self.average.applied():
+            if self.accelerator.is_main_process:
+                return sample_text(model, self.corpus.tokenizer, config, self.out)
+        return ""
 
     def export(self, folder: Path) -> None:
         """Writes the model as a folder of its own; to be called by all processes."""
         model = self.parallel.whole()
-        if self.accelerator.is_main_process:
-            checkpoint.save(folder, model, self.corpus.tokenizer)
+        with self.average.applied():
+            if self.accelerator.is_main_process:
+                checkpoint.save(folder, model, self.corpus.tokenizer)
 
     def save(self, seconds: float, *, finished: bool = False) -> None:
         """Begins to write the checkpoint to continue from."""
@@ -386,6 +400,8 @@ class Trainer:
         }
         if self.distillation and self.distillation.map is not None:
             parts["feature_map"] = self.accelerator.unwrap_model(self.distillation.map)
+        if self.config.ema is not None:
+            parts["average"] = self.average
         return parts
 
     def _shared(self) -> dict[str, Any]:
@@ -454,6 +470,7 @@ class Trainer:
         for stage in self.stages.enter(progress):
             changes = ", ".join(f"{name} {value:g}" for name, value in stage.changes.items())
             self._say(f"stage after step {self.step}: {stage.tensor_class} {changes}")
+            self.average.restart()
         if self.rounding.enter(progress):
             self._say(f"weights are rounded after step {self.step}")
 

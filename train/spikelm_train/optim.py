@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import fnmatch
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spikelm.errors import ConfigError, did_you_mean
 from spikelm.neurons import Neuron
 from spikelm_train.config import OptimConfig
+
+# The order of the groups, which checkpoints count on.
+MATRICES, DECAYED, OTHERS, NEURONS = range(4)
+
+# Devices that torch has a fused AdamW for.
+FUSED = ("cpu", "cuda", "mps", "xpu")
+
+_log = logging.getLogger(__name__)
 
 
 def lr_factor(config: OptimConfig, progress: float) -> float:
@@ -32,56 +43,152 @@ def lr_factor(config: OptimConfig, progress: float) -> float:
 
 def parameter_groups(
     model: nn.Module,
-    weight_decay: float,
-    neuron_lr: float = 1.0,
+    config: OptimConfig,
     wanted: Callable[[nn.Parameter], bool] = lambda parameter: True,
 ) -> list[dict[str, Any]]:
     """Projection weights with decay; embeddings, norms, biases, convolutions and neurons without.
 
     A row of the embedding gets a gradient only when its token occurs, so decay would shrink rare
     tokens; a head tied to it goes with it. Parameters without gradient are left out, and those
-    that are not `wanted`. Neurons have a group of their own, with an "lr_factor", where
-    `neuron_lr` is not 1.
+    that are not `wanted`. A group has a "weight_decay", a "lr_factor" (its learning rate over
+    `config.lr`) and "matrices", whether Muon's method is for it: projection weights of hidden
+    layers, not the head's. Patterns of `config` go before all of this.
+
+    Raises: ConfigError for a pattern that no trained parameter's name matches.
     """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    neurons: list[nn.Parameter] = []
-    modules = model.modules() if neuron_lr != 1 else ()
+    modules = model.modules() if config.neuron_lr != 1 else ()
     apart = {id(p) for module in modules if isinstance(module, Neuron) for p in module.parameters()}
+    muon = config.name == "muon"
     # A tied weight is named once, as the embedding's.
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and wanted(parameter):
-            group = decayed if name.endswith("linear.weight") else others
-            (neurons if id(parameter) in apart else group).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-        {"params": neurons, "weight_decay": 0.0, "lr_factor": neuron_lr},
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for key, patterns in (("rates", config.rates), ("decays", config.decays)):
+        _check_patterns(key, patterns, trained)
+    groups: dict[tuple[int, float, float], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        if not wanted(parameter):
+            continue
+        decay, factor, order = 0.0, 1.0, OTHERS
+        if name.endswith("linear.weight"):
+            hidden = muon and not name.startswith("head.")
+            order = MATRICES if hidden else DECAYED
+            decay, factor = config.weight_decay, config.muon_lr if hidden else 1.0
+        elif id(parameter) in apart:
+            factor, order = config.neuron_lr, NEURONS
+        decay = _first_match(name, config.decays, decay)
+        factor = _first_match(name, config.rates, factor)
+        groups.setdefault((order, decay, factor), []).append(parameter)
+    return [
+        {"params": groups[key], "weight_decay": key[1], "lr_factor": key[2], "matrices": not key[0]}
+        for key in sorted(groups)
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _check_patterns(key: str, patterns: Mapping[str, float], names: Collection[str]) -> None:
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            near = did_you_mean(pattern, names)
+            if near.startswith("allowed"):
+                near = f"the names are those of model.safetensors, such as {next(iter(names))}"
+            raise ConfigError(f"optim.{key}: '{pattern}' matches no trained parameter; {near}")
+
+
+def _first_match(name: str, patterns: Mapping[str, float], default: float) -> float:
+    return next((x for p, x in patterns.items() if fnmatch.fnmatchcase(name, p)), default)
 
 
 def make_optimizer(
     model: nn.Module,
     config: OptimConfig,
+    device: torch.device | None = None,
     wanted: Callable[[nn.Parameter], bool] = lambda parameter: True,
 ) -> torch.optim.Optimizer:
-    """The optimiser of a recipe over the trainable parameters of `model` that are `wanted`."""
-    groups = parameter_groups(model, config.weight_decay, config.neuron_lr, wanted)
+    """The optimiser of a recipe over the trainable parameters of `model` that are `wanted`, which
+    will be on `device` (by default the CPU) when it steps.
+    """
+    groups = parameter_groups(model, config, wanted)
     betas = (config.betas[0], config.betas[1])
-    if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-    return SPAM(
-        groups,
-        lr=config.lr,
-        betas=betas,
-        eps=config.eps,
-        threshold=config.spam_threshold,
-        clip_after=config.spam_clip_after,
-        reset_every=config.spam_reset_every,
-        warmup_steps=config.spam_warmup_steps,
-        density=config.spam_density,
+    if config.name == "spam":
+        return SPAM(
+            groups,
+            lr=config.lr,
+            betas=betas,
+            eps=config.eps,
+            threshold=config.spam_threshold,
+            clip_after=config.spam_clip_after,
+            reset_every=config.spam_reset_every,
+            warmup_steps=config.spam_warmup_steps,
+            density=config.spam_density,
+        )
+    rest = [group for group in groups if not group["matrices"]]
+    adamw = adamw_over(
+        rest, device or torch.device("cpu"), lr=config.lr, betas=betas, eps=config.eps
     )
+    matrices = [group for group in groups if group["matrices"]]
+    if not matrices:
+        return adamw
+    return MuonAdamW(matrices, adamw, lr=config.lr, momentum=config.muon_momentum)
+
+
+def adamw_over(
+    groups: list[dict[str, Any]], device: torch.device, **settings: Any
+) -> torch.optim.AdamW:
+    """AdamW for parameters on `device`: one kernel for all of them where there is one."""
+    fused = device.type in FUSED
+    if not fused:
+        _log.warning("torch has no fused AdamW for %s, so steps are slower", device.type)
+    return torch.optim.AdamW(groups, **settings, fused=fused)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for hidden matrices and AdamW for the rest, as one optimiser.
+
+    Muon orthogonalises the momentum of each matrix [A, B] and scales it by 0.2 sqrt(max(A, B)), so
+    that its updates are as large as AdamW's and one learning rate and decay serve both (Jordan et
+    al. 2024; Liu et al. 2025, arXiv 2502.16982). Both parts are torch's.
+    """
+
+    def __init__(
+        self,
+        matrices: list[dict[str, Any]],
+        adamw: torch.optim.AdamW,
+        lr: float,
+        momentum: float,
+    ) -> None:
+        self.adamw = adamw
+        self.muon = torch.optim.Muon(
+            matrices, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+        )
+        super().__init__([*self.muon.param_groups, *adamw.param_groups], {})
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.muon.step()
+        self.adamw.step()
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, to AdamW's unless they are Muon's already."""
+        if "lr" not in param_group:
+            self.adamw.add_param_group(param_group)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        """The groups and the state are the same objects here and in the two parts."""
+        self.muon.state = self.adamw.state = self.state
+        for part, matrices in ((self.muon, True), (self.adamw, False)):
+            part.param_groups = [
+                g for g in self.param_groups if g.get("matrices", False) is matrices
+            ]
 
 
 class SPAM(torch.optim.Optimizer):

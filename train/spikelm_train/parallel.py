@@ -32,7 +32,7 @@ from spikelm.errors import CheckpointError, ConfigError, MissingExtraError
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Neuron
 from spikelm_train.config import TrainConfig
-from spikelm_train.optim import make_optimizer
+from spikelm_train.optim import adamw_over, make_optimizer
 
 Strategy = Literal["copies", "shards", "zero"]
 
@@ -191,6 +191,11 @@ def make_parallel(
             "distill.features between models of different widths trains a matrix, which is not "
             "spread over processes; set distill.features=0, or run without --shard and DeepSpeed"
         )
+    if config.ema is not None:
+        raise ConfigError(
+            "ema: the average is kept whole, and weights are shared out here; leave it out, or run "
+            "without --shard and DeepSpeed"
+        )
     if config.optim.name != "adamw":
         raise ConfigError(
             f"optim.name: {config.optim.name} updates whole matrices, and weights are shared out "
@@ -214,7 +219,7 @@ class Copies:
         extra: list[nn.Parameter],
     ) -> None:
         self.accelerator, self.module = accelerator, module
-        optimizer = make_optimizer(module, config.optim)
+        optimizer = make_optimizer(module, config.optim, accelerator.device)
         if extra:
             optimizer.add_param_group({"params": extra, "weight_decay": 0.0})
         self.model, self.optimizer = accelerator.prepare(module, optimizer)
@@ -282,7 +287,7 @@ class Shards:
         self._root = fully_shard(module, mesh=mesh, ignored_params=whole)
         self._neurons = learned_neurons(module)
         self._weights = _other_parameters(module, self._neurons)
-        self.optimizers = _optimizers(module, config, self._neurons)
+        self.optimizers = _optimizers(module, config, accelerator.device, self._neurons)
         self.evaluated = self.model
         self._last = True
 
@@ -379,7 +384,7 @@ class Zero:
         self._neurons = [p for p in self.neurons.values() if p.requires_grad]
         plugin = accelerator.state.deepspeed_plugin
         fill_deepspeed(plugin.deepspeed_config, config, resolve_precision(config.precision))
-        self.optimizers = _optimizers(module, config, self._neurons)
+        self.optimizers = _optimizers(module, config, accelerator.device, self._neurons)
         self.model, _ = accelerator.prepare(module, self.optimizers[0])
         self.engine: Any = self.model
         self.evaluated = self.model
@@ -495,17 +500,20 @@ def take_out_neurons(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _optimizers(
-    module: LanguageModel, config: TrainConfig, neurons: list[nn.Parameter]
+    module: LanguageModel,
+    config: TrainConfig,
+    device: torch.device,
+    neurons: list[nn.Parameter],
 ) -> list[torch.optim.Optimizer]:
     """One for the weights, which may be shards, and one for the neurons where any are trained."""
     apart = set(map(id, neurons))
-    first = make_optimizer(module, config.optim, lambda p: id(p) not in apart)
+    first = make_optimizer(module, config.optim, device, lambda p: id(p) not in apart)
     if not neurons:
         return [first]
     c = config.optim
     groups = [{"params": neurons, "weight_decay": 0.0, "lr_factor": c.neuron_lr}]
     betas = (c.betas[0], c.betas[1])
-    return [first, torch.optim.AdamW(groups, lr=c.lr, betas=betas, eps=c.eps, fused=True)]
+    return [first, adamw_over(groups, device, lr=c.lr, betas=betas, eps=c.eps)]
 
 
 def set_lr(optimizer: Any, lr: float) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from spikelm.checkpoint import Checkpoint
 from spikelm.generate import Engine, prompt_ids, stream_text
@@ -17,11 +16,7 @@ from spikelm.sampling import SamplingParams
 from spikelm.tokenizer import Tokenizer
 from spikelm_train.config import TrainConfig
 from spikelm_train.data import Batch, Corpus, make_batch, validation_rows
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats per token [B T] of logits [B, T, N] against targets [B, T], in float32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+from spikelm_train.objective import Objective
 
 
 def to_batch(rows: Any, eos_id: int, device: torch.device) -> Batch:
@@ -44,6 +39,7 @@ def validation_sums(
     Every window starts from an empty state, as in training.
     """
     tokenizer, size = corpus.tokenizer, config.micro_batch_size
+    objective = Objective(chunk=config.loss_chunk)
     rows = validation_rows(
         corpus.validation.tokens, config.data.sequence_length, config.eval_tokens
     )
@@ -54,11 +50,11 @@ def validation_sums(
         batch = to_batch(
             rows[start : start + size] if start < len(rows) else rows[:1], tokenizer.eos_id, device
         )
-        logits, _ = model(batch.inputs, reset=batch.reset)
+        output, _ = model(batch.inputs, reset=batch.reset, **objective.options(batch.targets))
         if start >= len(rows):
             break
         text = batch.targets != tokenizer.eos_id
-        nats = cross_entropy(logits, batch.targets)[text.flatten()].double().sum()
+        nats = objective.nats(output, batch.targets)[text.flatten()].double().sum()
         num_bytes = len(tokenizer.decode_bytes(batch.targets.flatten().tolist()))
         sums += torch.stack([nats, text.sum().double(), nats.new_tensor(num_bytes)])
     return sums

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spikelm import checkpoint
 from spikelm.config import (
@@ -35,6 +36,7 @@ from spikelm.generate import Engine, prompt_ids, stream_text
 from spikelm.kernels import native
 from spikelm.kernels.lazy import settled
 from spikelm.models.spikelm import LanguageModel
+from spikelm.neurons import Neuron, Spikes
 from spikelm.sampling import SamplingParams
 from spikelm.state import LayerState, State
 from spikelm.tokenizer import Tokenizer
@@ -268,6 +270,77 @@ def test_gradients_flow_through_a_carried_state(config: ModelConfig) -> None:
     for name, grad in grads[0].items():
         assert grad is not None
         torch.testing.assert_close(grads[1][name], grad, rtol=1e-6, atol=1e-8, msg=name)
+
+
+class Counter:
+    """A probe that counts its calls and adds a term to the loss, as training's does."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        self.term = torch.zeros(())
+
+    def __call__(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
+        self.calls[neuron.name] = self.calls.get(neuron.name, 0) + 1
+        self.term = self.term + spikes.values.abs().sum()
+
+    def repeat(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
+        spikes.values.abs().sum()
+
+
+def gradients(model: LanguageModel) -> dict[str, Tensor]:
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return grads
+
+
+def test_layers_that_are_computed_again_change_nothing(config: ModelConfig) -> None:
+    model = build(dataclasses.replace(config, dropout=0.1), torch.float32).train()
+    ids, reset = tokens(2, 21), torch.zeros(2, 21, dtype=torch.bool)
+    reset[0, 9] = True
+    found = []
+    for again in (False, True):
+        model.recompute_layers = again
+        torch.manual_seed(0)
+        probe, terms = Counter(), list[Tensor]()
+        logits, _ = model(ids, reset=reset, probe=probe, losses=terms)
+        loss = logits.square().mean() + 0.01 * probe.term + sum(terms, start=torch.zeros(()))
+        loss.backward()
+        found.append((loss, gradients(model), probe.calls, len(terms)))
+    (loss, grads, *counts), (loss_again, grads_again, *counts_again) = found
+    assert torch.equal(loss, loss_again)
+    assert counts == counts_again
+    assert grads.keys() == grads_again.keys()
+    for name, grad in grads.items():
+        assert torch.equal(grad, grads_again[name]), name
+
+
+def test_logits_read_in_chunks_are_the_whole(config: ModelConfig) -> None:
+    """The same losses, gradients and state, and every neuron called for every token once."""
+    model = build(config)
+    ids, targets = tokens(2, 23), tokens(2, 23, seed=1)
+    reset = torch.zeros(2, 23, dtype=torch.bool)
+    reset[0, 9] = True
+
+    def read(logits: Tensor, part: slice) -> Tensor:
+        return F.cross_entropy(logits.mT, targets[:, part], reduction="none")
+
+    seen: dict[str, int] = {}
+
+    def probe(neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
+        seen[neuron.name] = seen.get(neuron.name, 0) + x[..., 0].numel()
+
+    logits, state = model(ids, reset=reset, probe=probe)
+    whole = read(logits, slice(0, 23))
+    whole.mean().backward()
+    expected, expected_seen = gradients(model), dict(seen)
+    for read_tokens in (1, 10, 1000):
+        seen.clear()
+        nats, after = model(ids, reset=reset, probe=probe, read=read, read_tokens=read_tokens)
+        nats.mean().backward()
+        assert seen == expected_seen
+        torch.testing.assert_close(nats, whole, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-8, atol=1e-10)
+        assert_same_state(after, state)
 
 
 def test_rows_are_independent(config: ModelConfig) -> None:
