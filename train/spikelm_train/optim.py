@@ -85,7 +85,7 @@ def parameter_groups(
 
 def _check_patterns(key: str, patterns: Mapping[str, float], names: Collection[str]) -> None:
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             near = did_you_mean(pattern, names)
             if near.startswith("allowed"):
                 near = f"the names are those of model.safetensors, such as {next(iter(names))}"
