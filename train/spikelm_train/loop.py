@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from spikelm import checkpoint
+from spikelm.config import to_dict
 from spikelm.doctor import cpu_flags
 from spikelm.errors import CheckpointError, ConfigError, MissingExtraError, SpikelmError
 from spikelm.models.spikelm import LanguageModel
@@ -22,11 +23,14 @@ from spikelm_train import resume
 from spikelm_train.config import TrainConfig
 from spikelm_train.data import Corpus, make_sampler, prepare
 from spikelm_train.distill import Distillation
+from spikelm_train.hardware import Gauge
 from spikelm_train.optim import lr_factor, make_optimizer
+from spikelm_train.profiling import FOLDER, StepProfiler
 from spikelm_train.quantised import Rounding
 from spikelm_train.report import Reporter
 from spikelm_train.silence import Silence
 from spikelm_train.stages import Stages, close_bypasses, ramp
+from spikelm_train.summary import write_summary
 from spikelm_train.validation import cross_entropy, sample_text, to_batch, validation_sums
 
 # The L1 term grows to its weight over this part of the run.
@@ -78,10 +82,12 @@ def train(
     fresh: bool,
     stream: TextIO,
     corpus_folder: Path | None = None,
+    profile: int = 0,
 ) -> int:
     """Runs or continues a recipe in the folder `out`; returns the exit status.
 
-    The tokenised text is in `corpus_folder`, which runs may share, or in `out`/data.
+    The tokenised text is in `corpus_folder`, which runs may share, or in `out`/data. `profile`
+    steps are traced (`spikelm_train.profiling`).
 
     0 when the trained model is in `out`; 130 or 143 when SIGINT or SIGTERM ended the run after a
     checkpoint.
@@ -104,13 +110,14 @@ def train(
         begins = is_main and position is None
         with resume.discarding(out, begins):
             corpus = prepare(config, corpus_folder or out / "data")
-    reporter = Reporter(out, stream, position.step if position else 0) if is_main else None
+    begun = position.step if position else 0
+    reporter = Reporter(out, stream, begun, config.report_to, to_dict(config)) if is_main else None
     try:
         with resume.discarding(out, begins):
             trainer = Trainer(config, out, corpus, accelerator, reporter)
         if position:
             trainer.load(position)
-        return trainer.run()
+        return trainer.run(profile)
     finally:
         if reporter:
             reporter.close()
@@ -154,6 +161,10 @@ class Trainer:
         train = corpus.train
         self.bits_per_byte = len(train.tokens) / train.num_bytes / math.log(2)
         """Factor from nats per training token to bits per byte."""
+        self.gauge = None
+        if reporter:
+            precision = resolve_precision(config.precision)
+            self.gauge = Gauge(config, accelerator.device, precision)
         self.step = 0
         self._seconds_before = 0.0
         self._began = time.perf_counter()
@@ -171,10 +182,12 @@ class Trainer:
             optimizer.add_param_group({"params": found.map.parameters(), "weight_decay": 0.0})
         return found
 
-    def run(self) -> int:
+    def run(self, profile: int = 0) -> int:
         """Trains to the end of the run, or to a signal; returns the exit status."""
         interruption = resume.Interruption()
-        with interruption.listening():
+        traced = profile if self.reporter else 0
+        profiler = StepProfiler(traced, self.out / FOLDER, self.silence.neurons, self._say)
+        with interruption.listening(), contextlib.closing(profiler):
             self._introduce()
             busy, busy_from = 0.0, self.step
             while True:
@@ -189,12 +202,14 @@ class Trainer:
                     )
                     return 128 + signum
                 began = time.perf_counter()
-                record = self.advance(seconds)
+                with profiler.step():
+                    record = self.advance(seconds)
                 busy += time.perf_counter() - began
                 if record is not None:
                     speed = (self.step - busy_from) * self.tokens_per_step / busy
-                    if self.reporter:
-                        self.reporter.progress({**record, "tokens_per_second": speed})
+                    if self.reporter and self.gauge:
+                        pace = self.gauge.read(speed, self.accelerator.num_processes)
+                        self.reporter.progress({**record, **pace})
                     busy, busy_from = 0.0, self.step
                 self._occasionally(seconds)
             self._finish(seconds)
@@ -357,7 +372,7 @@ class Trainer:
         if config.eval_every and self.step % config.eval_every == 0:
             self._report_validation()
         if reporter and config.sample_every and self.step % config.sample_every == 0:
-            reporter.say(f"sample at step {self.step}: {self.sample()!r}")
+            self._report_sample(f"sample at step {self.step}")
         if config.save_every and self.step % config.save_every == 0:
             self.save(seconds)
 
@@ -374,6 +389,31 @@ class Trainer:
                 f"validation at step {self.step}: loss {loss:.3f}  {bits:.3f} bits/byte"
             )
 
+    def _report_sample(self, title: str) -> None:
+        assert self.reporter
+        text = self.sample()
+        self.reporter.record({"step": self.step, "sample": text})
+        self.reporter.say(f"{title}: {text!r}")
+
+    def _facts(self, seconds: float) -> dict[str, Any]:
+        """What the page of a finished run says besides its recipe and its measurements."""
+        assert self.gauge
+        train, accelerator = self.corpus.train, self.accelerator
+        return {
+            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "training_tokens": len(train.tokens),
+            "training_bytes": train.num_bytes,
+            "tokens_per_step": self.tokens_per_step,
+            "flops_per_token": self.gauge.flops_per_token,
+            "peak_flops": self.gauge.peak.flops,
+            "peak_source": self.gauge.peak.source,
+            "device": accelerator.device.type,
+            "processes": accelerator.num_processes,
+            "precision": resolve_precision(self.config.precision),
+            "steps": self.step,
+            "seconds": seconds,
+        }
+
     def _enter_stages(self, progress: float) -> None:
         for stage in self.stages.enter(progress):
             changes = ", ".join(f"{name} {value:g}" for name, value in stage.changes.items())
@@ -387,9 +427,11 @@ class Trainer:
         self._report_validation()
         if self.reporter:
             if self.config.sample_every:
-                self.reporter.say(f"sample: {self.sample()!r}")
+                self._report_sample("sample")
             checkpoint.save(self.out, self.module, self.corpus.tokenizer)
         self.save(seconds, finished=True)
+        if self.reporter:
+            write_summary(self.out, self.config, self._facts(seconds))
         self._say(f"finished after {self.step} steps, {seconds:.0f} s; the model is in {self.out}")
 
     def _introduce(self) -> None:

@@ -4,7 +4,8 @@ config.yaml           the resolved recipe
 data/                 tokenizer and token files
 checkpoint/           everything to continue; replaced as a whole
 teacher.json          whom a distilled run learns from
-metrics.jsonl  loss.png  tensorboard/
+metrics.jsonl  loss.png  tensorboard/  wandb/  tracker.json  profile/
+report.md  curves.png  the finished run on one page
 config.json  model.safetensors  tokenizer.json ...   the trained model, at the end
 """
 
@@ -44,6 +45,11 @@ RUN_FILES = (
     "metrics.jsonl",
     "loss.png",
     "tensorboard",
+    "wandb",
+    "tracker.json",
+    "profile",
+    "report.md",
+    "curves.png",
 )
 
 
