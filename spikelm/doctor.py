@@ -18,6 +18,8 @@ BASE = ("torch", "numpy", "pyyaml", "safetensors", "tokenizers")
 EXTRAS = {
     "accelerate": "train",
     "tensorboard": "train",
+    "wandb": "wandb",
+    "trackio": "trackio",
     "transformers": "hf",
     "datasets": "data",
     "pyarrow": "data",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -473,6 +474,11 @@ def _bench_length(args: argparse.Namespace) -> int:
     return 0
 
 
+def _in_training(function: str) -> Callable[[Any], Any]:
+    """A function of the benchmark that trains, whose package stands above this one."""
+    return lambda given: getattr(importlib.import_module("spikelm_train.bench"), function)(given)
+
+
 # What a command is about, the options it adds to a parser, and what runs it.
 BENCHES: dict[
     str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
@@ -522,6 +528,11 @@ BENCHES: dict[
         "memory and time of a training step that computes logits or layers again",
         _add_recompute,
         _bench_recompute,
+    ),
+    "train": (
+        "a training step beside the bare model's, the dense model's and a Transformer's",
+        _in_training("add_options"),
+        _in_training("run"),
     ),
     "steps": (
         "what sending changes of counts, or stopping at a sure token, would save and cost",

@@ -15,12 +15,13 @@ from spikelm import checkpoint
 from spikelm.cli import main as spikelm
 from spikelm.tokenizer import Tokenizer
 from spikelm_train.checkpoints import kept_steps
-from spikelm_train.cli import build_parser, count_parameters, describe, main
+from spikelm_train.cli import build_parser, count_parameters, main
 from spikelm_train.config import load_recipe
 from spikelm_train.data import prepare
 from spikelm_train.report import read_metrics
 
 Recipe = Callable[..., Path]
+Patch = pytest.MonkeyPatch
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,7 +59,7 @@ def test_end_to_end(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert contents(out) == before
     assert main([*command, "--set", "steps=1", "--fresh"]) == 0
     assert "finished after 1 steps" in capsys.readouterr().out
-    assert len(read_metrics(out)) == 2
+    assert len(read_metrics(out)) == 3
 
 
 def test_a_deleted_model_is_written_again(recipe: Recipe, tmp_path: Path) -> None:
@@ -72,9 +73,10 @@ def test_a_deleted_model_is_written_again(recipe: Recipe, tmp_path: Path) -> Non
 
 
 def test_dry_run_writes_nothing(
-    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Patch
 ) -> None:
-    path = recipe()
+    path = recipe(max_seconds=600)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = contents(tmp_path)
     command = [str(path), "--out", str(tmp_path / "run"), "--dry-run", "--set", "optim.lr=0.5"]
     assert main(command) == 0
@@ -83,18 +85,64 @@ def test_dry_run_writes_nothing(
     data = yaml.safe_load(resolved)
     assert data["optim"]["lr"] == 0.5
     assert data["model"]["vocab_size"] == 257
-    for part in ("parameters:", "tokens per step: 128", "10 steps", "0.5 at 0%", "fp32", "MB"):
+    for part in ("parameters:", "tokens per step: 128", "10 steps or 600 s", "0.5 at 0%", "fp32"):
         assert part in summary, part
+    for part in ("state:", "activations", "M per token forward", "two steps:", "MFU", "measured"):
+        assert part in summary, part
+
+
+def test_dry_run_as_json(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(recipe(grad_accum_steps=2, peak_flops=1e12))
+    assert main([path, "--out", "nowhere", "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recipe"]["grad_accum_steps"] == 2
+    assert found["tokens_per_step"] == 2 * 4 * 32
+    assert found["tokens"] == 10 * found["tokens_per_step"]
+    kinds = found["parameters"]
+    assert sum(kinds.values()) == 2 * kinds["total"]
+    first, second = found["step_seconds"]
+    assert first > 0
+    speed = found["tokens_per_step"] / second
+    assert found["tokens_per_second"] == pytest.approx(speed)
+    assert found["mfu"] == pytest.approx(speed * found["flops_per_token"]["training"] / 1e12)
+    assert found["seconds"] == pytest.approx(10 * second)
+
+
+def test_estimated_memory_is_near_what_steps_take(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    larger = ["model.width=128", "model.ffn.hidden_dim=512", "data.sequence_length=128"]
+    for batch in (8, 24):
+        command = [str(recipe()), "--out", "nowhere", "--dry-run", "--json"]
+        for assignment in (*larger, f"micro_batch_size={batch}"):
+            command += ["--set", assignment]
+        assert main(command) == 0
+        found = json.loads(capsys.readouterr().out)
+        held = found["memory"]["process"]
+        steps = sum(found["memory"].values()) - held
+        # Memory that earlier steps freed may still be resident, and then counts as the process'.
+        assert 0.3 * steps < found["memory_measured"] - held < 1.4 * steps
+
+
+def test_a_run_that_does_not_fit_is_told_before_any_step(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Patch
+) -> None:
+    command = ["train", str(recipe()), "--out", str(tmp_path / "run")]
+    for present in (10_000, 3_000_000):
+        monkeypatch.setattr("spikelm_train.cost.memory_bytes", lambda: present)  # noqa: B023
+        assert spikelm(command) == 2
+        assert "lower model.width" in capsys.readouterr().err
+        assert spikelm([*command, "--dry-run"]) == 2
+        shown = capsys.readouterr()
+        assert "memory:" in shown.out
+        assert "two steps" not in shown.out
+        assert "lower model.width" in shown.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_demo_model_has_about_two_million_parameters() -> None:
     sizes = [count_parameters(load_recipe(name).model) for name in ("demo", "demo-dense")]
     assert all(1.8e6 < size < 2.4e6 for size in sizes), sizes
-
-
-def test_describe_names_the_time_budget() -> None:
-    recipe = load_recipe("demo")
-    assert f"or {recipe.max_seconds:g} s" in describe(recipe)
 
 
 def test_data_replaces_the_sources(recipe: Recipe, tmp_path: Path) -> None:
@@ -115,6 +163,9 @@ def test_data_replaces_the_sources(recipe: Recipe, tmp_path: Path) -> None:
     [
         (["--set", "optim.lrr=1"], "unknown key 'optim.lrr'; did you mean 'lr'?"),
         (["--set", "steps"], "--set takes key=value"),
+        (["--set", "report_to=[tensorbord]"], "report_to"),
+        (["--set", "peak_flops=0"], "peak_flops: 0"),
+        (["--profile", "-1"], "--profile -1"),
         (["--data", "/nowhere/text.txt"], "no such file: /nowhere/text.txt"),
         (["--data", "{empty}"], "no text in"),
         (["--data", "{single}"], "cannot be split"),

@@ -259,8 +259,12 @@ def test_a_missing_teacher_is_one_clear_line(
 
 
 def test_memory_of_the_teacher_is_counted(recipe: Callable[..., Path], teach: Teach) -> None:
-    from spikelm_train.cli import estimate_bytes
+    from spikelm_train.cost import layer_costs, memory_by_category
 
     plain = load_recipe(str(recipe()))
     taught = load_recipe(str(recipe()), [f"distill.teacher={teach()}"])
-    assert estimate_bytes(taught, 1000, "fp32") > estimate_bytes(plain, 1000, "fp32") + 100_000
+    device = torch.device("cpu")
+    layers = layer_costs(plain.model, 32, device, "fp32")
+    without, beside = (memory_by_category(c, layers, device)["teacher"] for c in (plain, taught))
+    assert without == 0
+    assert beside > 100_000

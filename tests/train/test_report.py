@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from spikelm_train.report import CURVE, METRICS, Reporter, draw_curve, progress_line, read_metrics
+from spikelm_train.report import (
+    CURVE,
+    METRICS,
+    Reporter,
+    draw_curve,
+    duration,
+    progress_line,
+    read_metrics,
+    scalars,
+)
 
 
 class Terminal(io.StringIO):
@@ -21,7 +30,10 @@ def measurement(step: int) -> dict[str, Any]:
         "loss": 3.0,
         "bits_per_byte": 2.5,
         "lr": 1e-3,
+        "gradient_norm": 0.254,
         "tokens_per_second": 12345.6,
+        "mfu": 0.4217,
+        "memory_bytes": 3 * 2**29,
         "silent_fraction": 0.625,
         "silent": {"mixer_input": 0.5, "ffn_hidden": 0.95},
         "dead": {"mixer_input": 0.0, "ffn_hidden": 0.0},
@@ -32,6 +44,8 @@ def measurement(step: int) -> dict[str, Any]:
 def test_progress_line_names_every_number() -> None:
     line = progress_line(measurement(4))
     for part in ("step 4", "40%", "loss 3.000", "2.500 bits/byte", "1.0e-03", "12,346 tok/s"):
+        assert part in line
+    for part in ("|g| 0.25", "MFU 42.2%", "1.5 GiB"):
         assert part in line
     assert line.endswith("silent 62.5% (mixer_input 50% ffn_hidden 95%)")
 
@@ -89,12 +103,38 @@ def test_draw_writes_a_png_and_scalars(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, io.StringIO(), 0)
     reporter.progress(measurement(1))
     reporter.record({"step": 1, "validation_bits_per_byte": 2.0})
+    reporter.record({"step": 1, "sample": "not a number"})
     reporter.draw()
     reporter.close()
     assert (tmp_path / CURVE).read_bytes().startswith(b"\x89PNG")
     events = next((tmp_path / "tensorboard").iterdir()).read_bytes()
     for tag in (b"loss", b"silent/ffn_hidden", b"dead/ffn_hidden", b"validation_bits_per_byte"):
         assert tag in events
+
+
+def test_scalars_are_the_numbers_by_tag() -> None:
+    record = {
+        "step": 3,
+        "loss": 1.5,
+        "silent": {"a": 0.5},
+        "sample": "text",
+        "silent_fraction": None,
+    }
+    assert scalars(record) == {"loss": 1.5, "silent/a": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (3600, "1 h 0 min"),
+        (47.9 * 3600, "47 h 54 min"),
+        (4e5, "4 d 15 h"),
+    ],
+)
+def test_duration(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
 
 
 def test_draw_curve_without_records(tmp_path: Path) -> None:

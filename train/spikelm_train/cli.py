@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from spikelm.config import ModelConfig, to_dict
-from spikelm.doctor import memory_bytes
 from spikelm.errors import ConfigError
 from spikelm_train.config import TrainConfig, load_recipe
 
@@ -65,7 +64,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="show the resolved recipe and its cost; write nothing",
+        help="show the resolved recipe and its cost, two steps of it really run; write nothing",
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: print one JSON object")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="trace N steps after a warm-up: OUT/profile has a Chrome trace and a table",
     )
     return parser
 
@@ -75,13 +82,15 @@ def main(argv: list[str]) -> int:
     config = load_recipe(arguments.recipe, arguments.set, arguments.data)
     if arguments.out == Path():
         raise ConfigError("--out is empty; name a folder for the run and its model")
-    check_memory(config)
     check_optimizer(config)
+    if arguments.profile < 0:
+        raise ConfigError(f"--profile {arguments.profile} given; allowed: steps >= 0")
     if arguments.dry_run:
-        print(describe(config))
-        return 0
+        return dry_run(config, arguments.corpus, as_json=arguments.json)
+    from spikelm_train.dryrun import check_memory
     from spikelm_train.loop import train
 
+    check_memory(config)
     return train(
         config,
         arguments.out,
@@ -90,6 +99,7 @@ def main(argv: list[str]) -> int:
         corpus_folder=arguments.corpus,
         shard=arguments.shard,
         step=_step(arguments.resume),
+        profile=arguments.profile,
     )
 
 
@@ -102,56 +112,27 @@ def _step(given: str) -> int | None:
     return int(given)
 
 
-def describe(config: TrainConfig) -> str:
-    """The resolved recipe, the size of its model, its schedule and an estimate of its memory.
+def dry_run(config: TrainConfig, corpus: Path | None, *, as_json: bool = False) -> int:
+    """Prints the recipe and its cost.
 
-    Raises: DataError if its sources do not begin with a readable text.
+    Raises: DataError if its sources do not begin with a readable text; ConfigError, after
+    printing, for a run that this machine cannot hold.
     """
-    from spikelm_train.optim import lr_factor
-    from spikelm_train.parallel import resolve_precision
+    from spikelm.corpus import read_documents
+    from spikelm_train import dryrun
 
     for sources in filter(None, (config.data.sources, config.data.validation_sources)):
-        from spikelm.corpus import read_documents
-
         next(read_documents(sources, text_key=config.data.text_key))
-    parameters = count_parameters(config.model)
-    precision = resolve_precision(config.precision)
-    micro_tokens = config.micro_batch_size * config.data.sequence_length
-    tokens = micro_tokens * config.grad_accum_steps
-    marks = sorted({0.0, config.optim.warmup_fraction, 0.5, 0.9, 1.0})
-    rates = ", ".join(
-        f"{config.optim.lr * lr_factor(config.optim, mark):.2g} at {mark:.0%}" for mark in marks
-    )
-    megabytes = estimate_bytes(config, parameters, precision) / 1e6
-    budget = "" if config.max_seconds is None else f" or {config.max_seconds:g} s"
-    numbers: dict[str, Any] = {
-        "parameters": f"{parameters:,}",
-        "tokens per step": f"{tokens:,} per process",
-        "length": f"{config.steps:,} steps{budget}, at most {config.steps * tokens:,} tokens",
-        "learning rate": rates,
-        "precision": precision,
-        "memory": f"about {megabytes:,.0f} MB per process",
-    }
-    lines = [f"{name + ':':17}{value}" for name, value in numbers.items()]
-    return yaml.safe_dump(to_dict(config), sort_keys=False) + "\n" + "\n".join(lines)
-
-
-def check_memory(config: TrainConfig) -> None:
-    """Raises: ConfigError for a run that this machine cannot hold."""
-    import torch
-
-    from spikelm_train.parallel import resolve_precision
-
-    if torch.cuda.is_available():
-        return
-    parameters = count_parameters(config.model)
-    needed = estimate_bytes(config, parameters, resolve_precision(config.precision))
-    present = memory_bytes()
-    if present is not None and needed > present:
-        raise ConfigError(
-            f"the run needs about {needed / 1e9:,.0f} GB and {present / 1e9:,.0f} GB are here; "
-            "lower model.width, micro_batch_size, data.sequence_length or tokenizer.vocab_size"
-        )
+    found = dryrun.plan(config)
+    if found["fits"] is not False:
+        found |= dryrun.two_steps(config, found, corpus)
+    recipe = to_dict(config)
+    if as_json:
+        print(json.dumps({"recipe": recipe, **found}, indent=2))
+    else:
+        print(yaml.safe_dump(recipe, sort_keys=False) + "\n" + dryrun.describe(found))
+    dryrun.require_memory(found)
+    return 0
 
 
 def check_optimizer(config: TrainConfig) -> None:
@@ -167,40 +148,6 @@ def check_optimizer(config: TrainConfig) -> None:
 
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of the model, a tied head counted once."""
-    import torch
+    from spikelm_train.cost import meta_model
 
-    from spikelm.models.spikelm import LanguageModel
-
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in LanguageModel(config).parameters())
-
-
-def estimate_bytes(config: TrainConfig, parameters: int, precision: str) -> int:
-    """A rough estimate of a process's peak memory for tensors.
-
-    Parameters, gradients and two moments (and the average) in float32; per token and layer some
-    24 D + 6 F kept values, and three copies of the logits in float32. Of layers that are computed
-    again one is kept, and the inputs of all.
-    """
-    model = config.model
-    tokens = config.micro_batch_size * config.data.sequence_length
-    width = 2 if precision == "bf16" else 4
-    kept = (24 * model.width + 6 * model.ffn.hidden_dim) * width
-    if config.activation_checkpointing == "layers":
-        kept += 4 * model.num_layers * model.width
-    else:
-        kept *= model.num_layers
-    logits, teacher = 12 * model.vocab_size, 0
-    if config.distill.teacher is not None:
-        # Its logits, and probabilities of both.
-        logits *= 2
-        teacher = 4 * count_parameters(_config_of(config.distill.teacher))
-    held = 20 if config.ema is not None else 16
-    in_logits = min(tokens, config.loss_chunk or tokens)
-    return held * parameters + teacher + tokens * kept + in_logits * logits
-
-
-def _config_of(folder: str) -> ModelConfig:
-    from spikelm import checkpoint
-
-    return checkpoint.model_config_of(checkpoint.read_config(Path(folder)), folder)
+    return sum(parameter.numel() for parameter in meta_model(config).parameters())

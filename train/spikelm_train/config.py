@@ -326,6 +326,10 @@ class TrainConfig:
     """The text a sample continues."""
     sample_tokens: int = 64
     """Tokens of a sample."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Where measurements go besides metrics.jsonl."""
+    peak_flops: float | None = None
+    """FLOP/s of one device that MFU is a share of; null: of its data sheet, or measured."""
 
     def __post_init__(self) -> None:
         if self.model.vocab_size != self.tokenizer.size:
@@ -353,6 +357,8 @@ class TrainConfig:
             "loss_chunk",
         ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "an integer >= 0")
+        if self.peak_flops is not None:
+            _require(self.peak_flops > 0, "peak_flops", self.peak_flops, "a number > 0, or null")
         _require(self.seed < 2**63, "seed", self.seed, "an integer below 2^63")
         for name in ("l1_hidden", "silence_rate", "z_loss"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number >= 0")

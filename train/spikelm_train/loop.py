@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import torch
 
 from spikelm import checkpoint
+from spikelm.config import to_dict
 from spikelm.errors import CheckpointError, SpikelmError
 from spikelm.models.spikelm import LanguageModel
 from spikelm_train import checkpoints, resume
@@ -21,6 +22,7 @@ from spikelm_train.config import TrainConfig
 from spikelm_train.data import Corpus, make_sampler, prepare
 from spikelm_train.distill import Distillation
 from spikelm_train.guard import Guard
+from spikelm_train.hardware import Gauge
 from spikelm_train.objective import Objective
 from spikelm_train.optim import lr_factor
 from spikelm_train.parallel import (
@@ -30,10 +32,12 @@ from spikelm_train.parallel import (
     make_parallel,
     resolve_precision,
 )
+from spikelm_train.profiling import FOLDER, StepProfiler
 from spikelm_train.quantised import Rounding
 from spikelm_train.report import Reporter
 from spikelm_train.silence import Silence
 from spikelm_train.stages import Stages, close_bypasses, ramp
+from spikelm_train.summary import write_summary
 from spikelm_train.validation import sample_text, to_batch, validation_sums
 
 # The L1 term grows to its weight over this part of the run.
@@ -49,11 +53,13 @@ def train(
     corpus_folder: Path | None = None,
     shard: bool = False,
     step: int | None = None,
+    profile: int = 0,
 ) -> int:
     """Runs or continues a recipe in the folder `out`; returns the exit status.
 
     The tokenised text is in `corpus_folder`, which runs may share, or in `out`/data. `shard`
     spreads the weights over the processes. It continues at the newest checkpoint or `step`'s.
+    `profile` steps are traced (`spikelm_train.profiling`).
 
     0 when the trained model is in `out`; 130 or 143 when SIGINT or SIGTERM ended the run after a
     checkpoint.
@@ -82,14 +88,15 @@ def train(
         begins = is_main and position is None
         with resume.discarding(out, begins):
             corpus = prepare(config, corpus_folder or out / "data")
-    reporter = Reporter(out, stream, position.step if position else 0) if is_main else None
+    begun = position.step if position else 0
+    reporter = Reporter(out, stream, begun, config.report_to, to_dict(config)) if is_main else None
     try:
         rows = position.rows if position else None
         with resume.discarding(out, begins):
             trainer = Trainer(config, out, corpus, accelerator, reporter, strategy, rows)
         if position:
             trainer.load(position)
-        return trainer.run()
+        return trainer.run(profile)
     finally:
         if reporter:
             reporter.close()
@@ -145,6 +152,10 @@ class Trainer:
         train = corpus.train
         self.bits_per_byte = len(train.tokens) / train.num_bytes / math.log(2)
         """Factor from nats per training token to bits per byte."""
+        self.gauge = None
+        if reporter:
+            precision = resolve_precision(config.precision)
+            self.gauge = Gauge(config, accelerator.device, precision)
         self.step = 0
         self.best = math.inf
         """The lowest validation loss so far, in nats per token."""
@@ -165,10 +176,12 @@ class Trainer:
         found.teacher.to(accelerator.device)
         return found
 
-    def run(self) -> int:
+    def run(self, profile: int = 0) -> int:
         """Trains to the end of the run, or to a signal; returns the exit status."""
         interruption = resume.Interruption()
-        with interruption.listening():
+        traced = profile if self.reporter else 0
+        profiler = StepProfiler(traced, self.out / FOLDER, self.silence.neurons, self._say)
+        with interruption.listening(), contextlib.closing(profiler):
             self._introduce()
             busy, busy_from = 0.0, self.step
             while True:
@@ -186,12 +199,14 @@ class Trainer:
                     )
                     return 128 + signum
                 began = time.perf_counter()
-                record = self.advance(seconds)
+                with profiler.step():
+                    record = self.advance(seconds)
                 busy += time.perf_counter() - began
                 if record is not None:
                     speed = (self.step - busy_from) * self.tokens_per_step / busy
-                    if self.reporter:
-                        self.reporter.progress({**record, "tokens_per_second": speed})
+                    if self.reporter and self.gauge:
+                        pace = self.gauge.read(speed, self.accelerator.num_processes)
+                        self.reporter.progress({**record, **pace})
                     busy, busy_from = 0.0, self.step
                 self._occasionally(seconds)
             self._finish(seconds)
@@ -438,13 +453,11 @@ class Trainer:
         return total
 
     def _occasionally(self, seconds: float) -> None:
-        config, reporter = self.config, self.reporter
+        config = self.config
         if config.eval_every and self.step % config.eval_every == 0:
             self._report_validation()
         if config.sample_every and self.step % config.sample_every == 0:
-            sample = self.sample()
-            if reporter:
-                reporter.say(f"sample at step {self.step}: {sample!r}")
+            self._report_sample(f"sample at step {self.step}")
         if config.save_every and self.step % config.save_every == 0:
             self.save(seconds)
 
@@ -466,6 +479,31 @@ class Trainer:
             if self.config.keep_best:
                 self.export(self.out / resume.BEST)
 
+    def _report_sample(self, title: str) -> None:
+        text = self.sample()
+        if self.reporter:
+            self.reporter.record({"step": self.step, "sample": text})
+            self.reporter.say(f"{title}: {text!r}")
+
+    def _facts(self, seconds: float) -> dict[str, Any]:
+        """What the page of a finished run says besides its recipe and its measurements."""
+        assert self.gauge
+        train, accelerator = self.corpus.train, self.accelerator
+        return {
+            "parameters": self.num_parameters,
+            "training_tokens": len(train.tokens),
+            "training_bytes": train.num_bytes,
+            "tokens_per_step": self.tokens_per_step,
+            "flops_per_token": self.gauge.flops_per_token,
+            "peak_flops": self.gauge.peak.flops,
+            "peak_source": self.gauge.peak.source,
+            "device": accelerator.device.type,
+            "processes": accelerator.num_processes,
+            "precision": resolve_precision(self.config.precision),
+            "steps": self.step,
+            "seconds": seconds,
+        }
+
     def _enter_stages(self, progress: float) -> None:
         for stage in self.stages.enter(progress):
             changes = ", ".join(f"{name} {value:g}" for name, value in stage.changes.items())
@@ -479,11 +517,13 @@ class Trainer:
         self._enter_stages(1.0)
         self._report_validation()
         if self.config.sample_every:
-            self._say(f"sample: {self.sample()!r}")
+            self._report_sample("sample")
         self.export(self.out)
         self.save(seconds, finished=True)
         self.writer.finish()
         self.writer.close()
+        if self.reporter:
+            write_summary(self.out, self.config, self._facts(seconds))
         self._say(f"finished after {self.step} steps, {seconds:.0f} s; the model is in {self.out}")
 
     def _introduce(self) -> None:

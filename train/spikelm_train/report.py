@@ -1,33 +1,41 @@
-"""What a run says while it goes: a progress line, metrics.jsonl, TensorBoard, a loss curve."""
+"""What a run says while it goes: a progress line, metrics.jsonl, trackers, a loss curve."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from spikelm.errors import MissingExtraError
+from spikelm.eval.length import require_matplotlib
+from spikelm.eval.tables import size
+from spikelm_train.trackers import open_trackers
 
-METRICS, CURVE, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
+METRICS, CURVE = "metrics.jsonl", "loss.png"
 
 
 class Reporter:
-    """Writes one run's progress to a stream and to its folder, continuing after `step`."""
+    """Writes one run's progress to a stream, its folder and trackers, continuing after `step`.
 
-    def __init__(self, out: Path, stream: TextIO, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MissingExtraError("tensorboard", "train") from None
+    Raises: MissingExtraError for a tracker that is not installed.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        stream: TextIO,
+        step: int,
+        report_to: Sequence[str] = ("tensorboard",),
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._trackers = open_trackers(report_to, out, step, recipe or {})
         self.out = out
         self.stream = stream
         self.updates = stream.isatty()
         kept = [record for record in read_metrics(out) if record["step"] <= step]
         self._metrics = (out / METRICS).open("w", encoding="utf-8")
         self._metrics.writelines(json.dumps(record) + "\n" for record in kept)
-        self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=step + 1)
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""
@@ -46,26 +54,35 @@ class Reporter:
             self.say(text)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """Records numbers that belong to the step `record["step"]`."""
+        """Records what belongs to the step `record["step"]`; trackers get the numbers."""
         self._metrics.write(json.dumps(record) + "\n")
         self._metrics.flush()
-        for name, value in record.items():
-            values = value if isinstance(value, Mapping) else {"": value}
-            for part, number in values.items():
-                if number is not None and name != "step":
-                    tag = f"{name}/{part}" if part else name
-                    self._board.add_scalar(tag, number, record["step"])
+        numbers = scalars(record)
+        for tracker in self._trackers:
+            tracker.record(record["step"], numbers)
 
     def draw(self) -> None:
         """Writes the loss curve of the whole run so far."""
-        self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
         draw_curve(read_metrics(self.out), self.out / CURVE)
 
     def close(self) -> None:
         if self.updates:
             self.stream.write("\n")
         self._metrics.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record by tag: `loss`, `silent/ffn_hidden`."""
+    found = {}
+    for name, value in record.items():
+        for part, number in (value if isinstance(value, Mapping) else {"": value}).items():
+            if isinstance(number, int | float) and name != "step":
+                found[f"{name}/{part}" if part else name] = number
+    return found
 
 
 def progress_line(record: Mapping[str, Any]) -> str:
@@ -76,7 +93,10 @@ def progress_line(record: Mapping[str, Any]) -> str:
         f"loss {record['loss']:.3f}",
         f"{record['bits_per_byte']:.3f} bits/byte",
         f"lr {record['lr']:.1e}",
+        f"|g| {record['gradient_norm']:.2g}",
         f"{record['tokens_per_second']:,.0f} tok/s",
+        f"MFU {record['mfu']:.1%}",
+        size(record["memory_bytes"]),
     ]
     if record["silent_fraction"] is not None:
         classes = " ".join(f"{name} {value:.0%}" for name, value in record["silent"].items())
@@ -86,6 +106,18 @@ def progress_line(record: Mapping[str, Any]) -> str:
         if found:
             parts.append(f"{name} {' '.join(found)}")
     return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """For people: 42 s, 3 min 20 s, 5 h 12 min, 3 d 4 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -99,14 +131,15 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
     """Bits per byte against steps as a PNG: training as a line, validation as points."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "train") from None
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = require_matplotlib()(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
+    plot_bits(axes, records)
+    axes.set_xlabel("step")
+    figure.savefig(path, dpi=120)
+
+
+def plot_bits(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
+    """Bits per byte against steps: training as a line, validation as points."""
     for key, style, label in (
         ("bits_per_byte", "-", "training"),
         ("validation_bits_per_byte", "o", "validation"),
@@ -114,9 +147,7 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
         points = [(r["step"], r[key]) for r in records if key in r]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set_xlabel("step")
     axes.set_ylabel("bits per byte")
     axes.grid(alpha=0.3)
     if axes.has_data():
         axes.legend()
-    figure.savefig(path, dpi=120)

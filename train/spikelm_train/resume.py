@@ -6,7 +6,8 @@ checkpoints/          everything to continue, by step
 best/                 the model with the lowest validation loss, if the recipe keeps it
 tokenizer/            of the text, and of every checkpoint
 teacher.json          whom a distilled run learns from
-metrics.jsonl  loss.png  tensorboard/
+metrics.jsonl  loss.png  tensorboard/  wandb/  tracker.json  profile/
+report.md  curves.png  the finished run on one page
 config.json  model.safetensors  tokenizer.json ...   the trained model, at the end
 """
 
@@ -45,6 +46,11 @@ RUN_FILES = (
     "metrics.jsonl",
     "loss.png",
     "tensorboard",
+    "wandb",
+    "tracker.json",
+    "profile",
+    "report.md",
+    "curves.png",
 )
 
 
