@@ -18,6 +18,7 @@ BASE = ("torch", "numpy", "pyyaml", "safetensors", "tokenizers")
 EXTRAS = {
     "accelerate": "train",
     "tensorboard": "train",
+    "tqdm": "train",
     "transformers": "hf",
     "datasets": "data",
     "pyarrow": "data",

@@ -19,6 +19,7 @@ from spikelm.doctor import cpu_flags
 from spikelm.errors import CheckpointError, ConfigError, MissingExtraError, SpikelmError
 from spikelm.models.spikelm import LanguageModel
 from spikelm_train import resume
+from spikelm_train.carried import CarriedState
 from spikelm_train.config import TrainConfig
 from spikelm_train.data import Corpus, make_sampler, prepare
 from spikelm_train.distill import Distillation
@@ -150,9 +151,14 @@ class Trainer:
         self.rounding = Rounding(self.module, config.quantise_at)
         rows = config.micro_batch_size * config.grad_accum_steps * accelerator.num_processes
         self.sampler = make_sampler(config, corpus, rows)
+        self.carried: CarriedState | None = None
+        if config.data.sampling == "carried":
+            from accelerate.utils.operations import gather_object
+
+            self.carried = CarriedState(accelerator.device, gather_object)
+            accelerator.register_for_checkpointing(self.carried)
         self.tokens_per_step = rows * config.data.sequence_length
-        train = corpus.train
-        self.bits_per_byte = len(train.tokens) / train.num_bytes / math.log(2)
+        self.bits_per_byte = corpus.tokens_per_byte / math.log(2)
         """Factor from nats per training token to bits per byte."""
         self.step = 0
         self._seconds_before = 0.0
@@ -258,15 +264,19 @@ class Trainer:
         for part in range(parts):
             start = (part * accelerator.num_processes + accelerator.process_index) * size
             rows = self.sampler.rows(self.step, start, start + size)
+            lanes = range(start, start + size)
+            state = self.carried.take(lanes) if self.carried else None
             batch = to_batch(rows, self.corpus.tokenizer.eos_id, accelerator.device)
             more = part < parts - 1
             with accelerator.no_sync(self.model) if more else contextlib.nullcontext():
                 balance: list[torch.Tensor] = []
                 taught = self.distillation
                 with taught.watching() if taught else contextlib.nullcontext():
-                    logits, _ = self.model(
-                        batch.inputs, reset=batch.reset, probe=self.silence, losses=balance
+                    logits, state = self.model(
+                        batch.inputs, state, reset=batch.reset, probe=self.silence, losses=balance
                     )
+                if self.carried:
+                    self.carried.put(lanes, state)
                 loss = cross_entropy(logits, batch.targets).mean()
                 learned = taught.objective(loss, logits, batch) if taught else loss
                 objective = sum(balance, start=learned)
