@@ -17,7 +17,7 @@ import signal
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,21 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[Text]) -> Tokenizer:
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes it whole or not at all. Raises: DataError if it cannot be written."""
+    with _written_whole(folder), staged(folder) as staging:
+        tokenizer.save(staging)
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"cannot write {folder}: {reason}; nothing was written") from None
+
+
 def write_text(
     text: Text,
     config: TokenizerConfig,
@@ -211,12 +226,11 @@ def write_text(
     made. So many `workers` (processes) encode; None is one per core once a text turns out to be
     large.
 
-    Raises: DataError as `Text.read` does, and if `folder` cannot be written; then
-    nothing of it has changed.
+    Raises: DataError as `Text.read` does, and if `folder` cannot be written; it is unchanged then.
     """
     size = tokenizer.vocab_size
     meters = {side: _Meter() for side in SIDES}
-    try:
+    with _written_whole(folder):
         with staged(folder) as staging, ExitStack() as stack:
             tokenizer.save(staging / TOKENIZER)
             writers = {
@@ -240,10 +254,6 @@ def write_text(
             write_meta(staging, meta)
             remove(folder)
         finish(folder)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {folder}: {error.strerror or error}; nothing was written"
-        ) from None
     _say(meta)
     return meta
 
