@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from spikelm.errors import CheckpointError
 from spikelm_train.carried import CarriedState
-from spikelm_train.cli import main
 from spikelm_train.data import make_batch
 from spikelm_train.loop import Trainer
-from spikelm_train.report import read_metrics
 
 Make = Callable[..., Trainer]
 CARRIED = ("data.sampling=carried", "data.sequence_length=16", "grad_accum_steps=2")
@@ -49,25 +46,6 @@ def test_gradients_end_at_the_window(make: Make) -> None:
     assert not any(tensor.requires_grad for tensor in tensors)
     assert carried.take(range(8, 12)) is None
     trainer.advance(0.0)
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(
-    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def losses(out: str, *changes: str) -> list[float]:
-        command = [str(recipe()), "--out", str(tmp_path / out)]
-        for change in (*CARRIED, "steps=8", *changes):
-            command += ["--set", change]
-        assert main(command) == 0
-        return [r["loss"] for r in read_metrics(tmp_path / out) if "loss" in r]
-
-    whole = losses("whole")
-    (tmp_path / "parts").mkdir()
-    losses("parts", "save_every=5")
-    # As if killed after the checkpoint of step 5.
-    run = tmp_path / "parts"
-    assert losses("parts", "save_every=5") == whole
-    assert (run / "checkpoint").is_dir()
 
 
 def test_states_go_to_other_processes_and_forwards(make: Make) -> None:

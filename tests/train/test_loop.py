@@ -42,6 +42,7 @@ def assert_same(a: Trainer, b: Trainer) -> None:
         ("data.sampling=packed", "grad_accum_steps=2", "l1_hidden=1e-3"),
         ("optim.name=spam", "optim.spam_reset_every=4", "optim.spam_density=0.5"),
         ("model.tie_embeddings=true", "optim.schedule=wsd"),
+        ("data.sampling=carried", "grad_accum_steps=2"),
     ],
 )
 def test_resume_is_exact(make: Make, settings: tuple[str, ...]) -> None:
