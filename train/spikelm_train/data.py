@@ -120,13 +120,15 @@ def prepare(config: TrainConfig, folder: Path) -> Corpus:
     data = config.data
     sets: Sequence[DataConfig | SetConfig] = data.mixture or (data,)
     own = [folder / f"set-{i}" if data.mixture else folder for i in range(len(sets))]
-    folders = [Path(s.prepared) if s.prepared else path for s, path in zip(sets, own, strict=True)]
+    folders: list[Path] = []
     parts: dict[Path, Prepared] = {}
     texts: dict[Path, Text] = {}
-    for part, path in zip(sets, folders, strict=True):
+    for part, path in zip(sets, own, strict=True):
         if part.prepared is not None:
-            parts[path] = open_prepared(path)
+            folders.append(Path(part.prepared))
+            parts[folders[-1]] = open_prepared(folders[-1])
         else:
+            folders.append(path)
             texts[path] = Text(replace(data, sources=part.sources, mixture=()))
     _check_unchanged(folder, parts)
     tokenizer = _known_tokenizer(config.tokenizer, parts)
