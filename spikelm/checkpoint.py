@@ -107,10 +107,14 @@ def _write(
     }
     _write_json(folder / "config.json", config)
     more = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
-    generation = {
+    generation: dict[str, Any] = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": [tokenizer.eos_id, *more] if more else tokenizer.eos_id,
     }
+    padding = range(tokenizer.vocab_size, model.config.vocab_size)
+    if padding:
+        # Rows of the head without a token; `generate.Engine` leaves them out by itself.
+        generation["suppress_tokens"] = [*padding]
     _write_json(folder / "generation_config.json", generation)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     tokenizer.save(folder)

@@ -1,13 +1,16 @@
 """Text in: the built-in corpus of Python's own documentation, local files, Hugging Face datasets.
 
 A document is one string: a module's docstrings, a documentation topic, a text file, the text of
-one row of a table. Nothing here reaches a network unless a dataset name is asked for.
+one row of a table. Text files also come in pieces, so that one may be larger than memory. Nothing
+here reaches a network unless a dataset name is asked for.
 """
 
 from __future__ import annotations
 
 import ast
 import bz2
+import codecs
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -16,16 +19,17 @@ import inspect
 import io
 import json
 import lzma
-import math
 import os
 import platform
+import re
 import sysconfig
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from spikelm.errors import DataError, MissingExtraError
 
@@ -40,6 +44,15 @@ PACKED_SUFFIXES = (".xz", ".gz", ".bz2", ".zst")
 FOLDER_SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")
 
 BLOCK_CHARACTERS = 64 * 1024
+"""Longest piece of a document."""
+_CHUNK_BYTES = 1 << 20
+_FAULTS_SHOWN = 10
+
+# Where a text is cut, best first: before a paragraph, a line, a space. No token of our own BPE goes
+# over such a place: line ends take the indentation behind them, words the space in front.
+_BORDERS = tuple(
+    map(re.compile, (r"(?:\r?\n){2,}[ \t]*(?=\S)", r"\n[ \t]*(?=\S)", r"(?<=\S)(?= \S)"))
+)
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
 # Shorter paragraphs ("Returns None.") repeat by nature; longer ones would leak between splits.
@@ -174,6 +187,35 @@ def _unseen(text: str, seen: set[str]) -> str:
     return rest
 
 
+class Piece(NamedTuple):
+    """Part of a document, which is the pieces from one that begins to the next."""
+
+    text: str
+    begins: bool
+
+
+@dataclass
+class Faults:
+    """What of the sources cannot be used: an error, or counted and passed over."""
+
+    skip: bool = False
+    """Count what is unreadable instead of raising."""
+    skipped: int = 0
+    """Files, or rows of tables, that were unreadable."""
+    empty: int = 0
+    """Documents without text."""
+    first: list[str] = field(default_factory=list)
+    """What was wrong with the first ones that were skipped."""
+
+    def found(self, error: DataError) -> None:
+        """Raises: `error`, unless it is to be skipped."""
+        if not self.skip:
+            raise error
+        self.skipped += 1
+        if len(self.first) < _FAULTS_SHOWN:
+            self.first.append(str(error))
+
+
 def read_documents(
     sources: Sequence[str], *, text_key: str = "text", streaming: bool = True
 ) -> Iterator[str]:
@@ -187,27 +229,106 @@ def read_documents(
     Raises: DataError for a missing, unreadable or malformed source, at once if its name is
     enough to tell, and for a corpus without any text; MissingExtraError if a source needs one.
     """
+    return _joined(read_pieces(sources, text_key=text_key, streaming=streaming))
+
+
+def read_pieces(
+    sources: Sequence[str],
+    *,
+    text_key: str = "text",
+    streaming: bool = True,
+    limit: int = BLOCK_CHARACTERS,
+    faults: Faults | None = None,
+) -> Iterator[Piece]:
+    """The documents of `read_documents` in pieces of at most `limit` characters, cut by `cut`.
+
+    Of a text file only some are in memory at a time, of a table one row (.jsonl) or 256 (.parquet).
+    `faults` counts what is left out; where it skips, a text file that is not UTF-8 is read twice
+    and left out whole, a table without its unreadable rows and what lies behind damage.
+
+    Raises: as `read_documents`.
+    """
     if not sources:
         raise DataError("no text sources given; name a file, a glob or a dataset")
     found = [(source, _find_files(source)) for source in sources]
-    return _read_all(found, text_key, streaming)
+    return _read_all(found, text_key, streaming, limit, faults or Faults())
 
 
 def _read_all(
-    found: list[tuple[str, list[Path] | None]], text_key: str, streaming: bool
-) -> Iterator[str]:
+    found: list[tuple[str, list[Path] | None]],
+    text_key: str,
+    streaming: bool,
+    limit: int,
+    faults: Faults,
+) -> Iterator[Piece]:
     empty = True
     for source, paths in found:
         if paths is None:
-            documents = _read_dataset(source, text_key, streaming)
+            documents = _read_dataset(source, text_key, streaming, faults)
         else:
-            documents = (text for path in paths for text in _read_file(path, text_key))
-        for text in documents:
-            if text.strip():
+            documents = (text for path in paths for text in _read_file(path, text_key, faults))
+        for chunks in documents:
+            for piece in in_pieces(chunks, limit, faults):
                 empty = False
-                yield text
+                yield piece
     if empty:
         raise DataError(f"no text in {', '.join(source for source, _ in found)}")
+
+
+def in_pieces(
+    chunks: Iterable[str], limit: int = BLOCK_CHARACTERS, faults: Faults | None = None
+) -> Iterator[Piece]:
+    """The pieces of one document; none if it is without text."""
+    begins, held = True, list[str]()
+    for text in cut(chunks, limit):
+        held.append(text)
+        if begins and not text.strip():
+            continue
+        for part in held:
+            yield Piece(part, begins)
+            begins = False
+        held.clear()
+    if begins and faults is not None:
+        faults.empty += 1
+
+
+def cut(chunks: Iterable[str], limit: int = BLOCK_CHARACTERS) -> Iterator[str]:
+    """The joined `chunks` in parts of at most `limit` characters, wherever the chunks end.
+
+    Cut is, in the second half of a part, before the last paragraph, else the last line, else the
+    last word: our own tokenizers give the parts the ids of the whole. A half without white space
+    is cut at its end.
+    """
+    held = ""
+    for chunk in chunks:
+        held, start = held + chunk, 0
+        while len(held) - start > limit:
+            stop = _border(held, start + limit // 2, start + limit)
+            yield held[start:stop]
+            start = stop
+        held = held[start:]
+    if held:
+        yield held
+
+
+def _border(text: str, low: int, high: int) -> int:
+    for border in _BORDERS:
+        # One more, which the patterns look at.
+        stops = [match.end() for match in border.finditer(text, low, high + 1)]
+        if stops:
+            return stops[-1]
+    return high
+
+
+def _joined(pieces: Iterator[Piece]) -> Iterator[str]:
+    held: list[str] = []
+    for text, begins in pieces:
+        if begins and held:
+            yield "".join(held)
+            held.clear()
+        held.append(text)
+    if held:
+        yield "".join(held)
 
 
 def _find_files(source: str) -> list[Path] | None:
@@ -255,21 +376,46 @@ def _format(path: Path) -> str | None:
     return suffix[0] if suffix[0] in allowed else None
 
 
-def _read_file(path: Path, text_key: str) -> Iterator[str]:
+def _read_file(path: Path, text_key: str, faults: Faults) -> Iterator[Iterable[str]]:
+    """The documents of a file, each in chunks."""
     kind = _format(path)
     try:
-        if kind in TABLE_SUFFIXES:
-            yield from _read_parquet(path, text_key)
+        if kind in TEXT_SUFFIXES:
+            if faults.skip:
+                for _ in _decoded(path):
+                    pass
+            yield _decoded(path)
             return
-        with _open(path) as stream:
-            if kind in TEXT_SUFFIXES:
-                yield stream.read().decode("utf-8-sig")
-            else:
-                yield from _read_json_lines(stream, path, text_key)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+        read = _read_parquet if kind in TABLE_SUFFIXES else _read_json_lines
+        for text in read(path, text_key, faults):
+            yield (text,)
+    except DataError as error:
+        faults.found(error)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {_one_line(error)}") from None
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position = 0
+    with _reading(path), _open(path) as stream:
+        data = b"-"
+        while data:
+            data = stream.read(_CHUNK_BYTES)
+            begun = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                place = position - begun + error.start
+                raise DataError(f"{path} is not UTF-8: {error.reason} at byte {place}") from None
+            yield text if position else text.removeprefix("\ufeff")
+            position += len(data)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -282,15 +428,19 @@ def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(raw))
 
 
-def _read_json_lines(stream: BinaryIO, path: Path, text_key: str) -> Iterator[str]:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON: {_one_line(error)}") from None
-        yield _text_of(row, text_key, f"{path}:{number}")
+def _read_json_lines(path: Path, text_key: str, faults: Faults) -> Iterator[str]:
+    with _reading(path), _open(path) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                text = _text_of(json.loads(line), text_key, f"{path}:{number}")
+            except DataError as error:
+                faults.found(error)
+            except (ValueError, RecursionError) as error:
+                faults.found(DataError(f"{path}:{number}: not JSON: {_one_line(error)}"))
+            else:
+                yield text
 
 
 def _text_of(row: object, text_key: str, where: str) -> str:
@@ -307,10 +457,10 @@ def _text_of(row: object, text_key: str, where: str) -> str:
     return text
 
 
-def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
+def _read_parquet(path: Path, text_key: str, faults: Faults) -> Iterator[str]:
     parquet = _import("pyarrow.parquet")
     try:
-        with parquet.ParquetFile(path) as table:
+        with _reading(path), parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
             _text_of(dict.fromkeys(names), text_key, str(path))
             for batch in table.iter_batches(batch_size=256, columns=[text_key]):
@@ -320,20 +470,31 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
         raise DataError(f"cannot read {path}: {_one_line(error)}") from None
 
 
-def _read_dataset(source: str, text_key: str, streaming: bool) -> Iterator[str]:
+def _read_dataset(
+    source: str, text_key: str, streaming: bool, faults: Faults
+) -> Iterator[Iterable[str]]:
     datasets = _import("datasets")
     name, config, split, *rest = [*source.split(":"), "", ""]
     if not name or any(rest):
         raise DataError(f"'{source}' given; a dataset is name, name:config or name:config:split")
+    number = 0
     try:
         rows = datasets.load_dataset(
             os.path.expanduser(name), config or None, split=split or "train", streaming=streaming
         )
-        for row in rows:
-            yield _text_of(row, text_key, f"dataset {source}")
+        for number, row in enumerate(rows, 1):
+            try:
+                text = _text_of(row, text_key, f"dataset {source}, row {number}")
+            except DataError as error:
+                faults.found(error)
+            else:
+                yield (text,)
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        if number:
+            message = f"cannot read '{source}' behind row {number}: {_one_line(error)}"
+            return faults.found(DataError(message))
         raise DataError(
             f"cannot read '{source}', neither a file nor a readable dataset: {_one_line(error)}"
         ) from None
@@ -348,65 +509,6 @@ def _import(module: str) -> Any:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def split_documents(
-    documents: Iterable[str], validation_fraction: float
-) -> tuple[list[str], list[str]]:
-    """(train, validation): at least `validation_fraction` of the characters are held out.
-
-    Documents over 64 Ki characters are first cut into blocks at paragraph borders, so that a
-    single book has a held-out part; where that is not enough, the text is cut into twenty. The
-    side of a block depends on the hash of its text alone and the fraction; equal texts are on the
-    same side. Order is kept.
-
-    Raises: DataError if either side would be empty.
-    """
-    if not 0 < validation_fraction < 1:
-        raise DataError(f"validation fraction: {validation_fraction} given; allowed: 0 < f < 1")
-    texts = list(documents)
-    total = sum(map(len, texts))
-    for limit in (BLOCK_CHARACTERS, max(256, total // 20)):
-        blocks = [block for text in texts for block in _blocks(text, limit)]
-        held_out = _held_out(blocks, validation_fraction * total)
-        train = [block for block in blocks if block not in held_out]
-        if train and held_out:
-            return train, [block for block in blocks if block in held_out]
-    raise DataError(
-        f"{total} characters in {len(texts)} document(s) cannot be split into training and "
-        "validation text; give more text"
-    )
-
-
-def _held_out(blocks: Sequence[str], goal: float) -> set[str]:
-    """Texts of at least `goal` characters, in the order of their hashes."""
-    counts: dict[str, int] = {}
-    for block in blocks:
-        counts[block] = counts.get(block, 0) + 1
-    chosen: set[str] = set()
-    held = 0
-    for block in sorted(counts, key=_digest):
-        if held >= goal:
-            break
-        chosen.add(block)
-        held += len(block) * counts[block]
-    return chosen
-
-
-def _blocks(text: str, limit: int) -> Iterator[str]:
-    size = math.ceil(len(text) / max(1, math.ceil(len(text) / limit)))
-    start = 0
-    while len(text) - start > limit:
-        stop = start + size
-        for border in ("\n\n", "\n", " "):
-            cut = text.rfind(border, start + size // 2, stop)
-            if cut >= 0:
-                stop = cut + len(border)
-                break
-        yield text[start:stop]
-        start = stop
-    if start < len(text):
-        yield text[start:]
 
 
 def _digest(text: str) -> str:

@@ -18,6 +18,7 @@ BASE = ("torch", "numpy", "pyyaml", "safetensors", "tokenizers")
 EXTRAS = {
     "accelerate": "train",
     "tensorboard": "train",
+    "tqdm": "train",
     "wandb": "wandb",
     "trackio": "trackio",
     "transformers": "hf",

@@ -61,6 +61,8 @@ class Rules:
     eos_id: int
     stop_ids: frozenset[int]
     prompt_prefix: tuple[int, ...]
+    resets: bool = False
+    """Whether a model forgets at `eos_id` what was before it."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,29 @@ class Tokenizer:
 
     @property
     def reset_id(self) -> int | None:
-        """The id at which a model forgets what was before it: ours do so at `eos_id`."""
-        return None if self.imported else self.eos_id
+        """The id at which a model forgets what was before it: those trained here do at `eos_id`."""
+        return self.eos_id if self._rules is None or self._rules.resets else None
 
     def fits(self, num_rows: int) -> bool:
-        """Whether a model with so many embeddings can have it; imported ones are often padded."""
-        return self.vocab_size <= num_rows if self.imported else self.vocab_size == num_rows
+        """Whether a model with so many embeddings can have it; many are padded."""
+        return self.vocab_size <= num_rows
+
+    def separated(self) -> Tokenizer:
+        """The same vocabulary, to train a model on: as in ours, `eos_id` begins every document and
+        every prompt, and what was before it is forgotten.
+
+        Raises: ConfigError if that token stands for text.
+        """
+        if self._rules is None or self._rules.resets:
+            return self
+        if self.decode_bytes([self.eos_id]):
+            raise ConfigError(
+                f"the token that separates documents stands for {self.decode([self.eos_id])!r}; "
+                "name one that no text has (tokenizer.eos)"
+            )
+        first = self.eos_id
+        rules = Rules(first, first, self.stop_ids | {first}, (first,), resets=True)
+        return Tokenizer(self._vocabulary, rules, self._companions)
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -224,6 +243,7 @@ class Tokenizer:
             content = vocabulary.vocab_and_merges
         else:
             content = [vocabulary.content, self.bos_id, self.eos_id, self.prompt_prefix]
+            content += [True] if self._rules.resets else []
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -265,6 +285,7 @@ class Tokenizer:
             "eos_id": self.eos_id,
             "stop_ids": sorted(self.stop_ids),
             "prompt_prefix": list(self.prompt_prefix),
+            "resets": self._rules.resets,
         }
         return config
 
@@ -329,6 +350,7 @@ class Tokenizer:
                 eos_id=int(kept["eos_id"]),
                 stop_ids=frozenset(map(int, kept["stop_ids"])),
                 prompt_prefix=tuple(map(int, kept["prompt_prefix"])),
+                resets=bool(kept.get("resets", False)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: spikelm: {_one_line(error)}; import it again") from None

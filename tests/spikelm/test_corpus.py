@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikelm import corpus
-from spikelm.corpus import builtin_documents, describe_builtin, read_documents, split_documents
+from spikelm.corpus import builtin_documents, describe_builtin, read_documents
 from spikelm.errors import DataError, MissingExtraError
 
 
@@ -254,46 +254,6 @@ def test_missing_extra_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             list(read_documents([source]))
 
 
-DOCUMENTS = [f"Document {i}.\n" * (i % 7 + 1) for i in range(60)]
-
-
-def test_split_documents_is_deterministic_and_keeps_everything() -> None:
-    train, validation = split_documents(DOCUMENTS, 0.1)
-    assert sorted(train + validation) == sorted(DOCUMENTS)
-    assert train == [text for text in DOCUMENTS if text in set(train)]
-    assert 0.1 <= sum(map(len, validation)) / sum(map(len, DOCUMENTS)) < 0.15
-    again = split_documents(reversed(DOCUMENTS), 0.1)
-    assert sorted(again[1]) == sorted(validation)
-
-
-def test_split_documents_keeps_equal_texts_together() -> None:
-    train, validation = split_documents(DOCUMENTS * 2, 0.2)
-    assert not set(train) & set(validation)
-    assert len(train) + len(validation) == 120
-
-
-def test_split_documents_cuts_a_book_at_paragraphs() -> None:
-    book = "".join(f"Paragraph {i}. " + "word " * (i % 90) + "\n\n" for i in range(2000))
-    train, validation = split_documents([book], 0.05)
-    assert len("".join(train + validation)) == len(book)
-    for block in train + validation:
-        assert 32 * 1024 < len(block) <= corpus.BLOCK_CHARACTERS
-        assert block.startswith("Paragraph")
-        assert block.endswith("\n\n")
-
-
-@pytest.mark.parametrize("documents", [[], ["one"], ["same", "same"], [""]])
-def test_split_documents_needs_two_texts(documents: list[str]) -> None:
-    with pytest.raises(DataError, match="cannot be split into training and validation"):
-        split_documents(documents, 0.1)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
-def test_split_documents_refuses_the_fraction(fraction: float) -> None:
-    with pytest.raises(DataError, match="allowed: 0 < f < 1"):
-        split_documents(DOCUMENTS, fraction)
-
-
 @settings(deadline=None, max_examples=60)
 @given(
     pieces=st.lists(
@@ -304,11 +264,87 @@ def test_split_documents_refuses_the_fraction(fraction: float) -> None:
         max_size=4,
     )
 )
-def test_blocks_join_to_the_document(pieces: list[tuple[str, int]]) -> None:
+def test_parts_join_to_the_document(pieces: list[tuple[str, int]]) -> None:
     text = "".join(piece * count for piece, count in pieces)
-    blocks = list(corpus._blocks(text, corpus.BLOCK_CHARACTERS))
-    assert "".join(blocks) == text
-    assert all(0 < len(block) <= corpus.BLOCK_CHARACTERS for block in blocks)
+    parts = list(corpus.cut([text]))
+    assert "".join(parts) == text
+    assert all(0 < len(part) <= corpus.BLOCK_CHARACTERS for part in parts)
+    # Wherever the chunks end.
+    chunks = [text[i : i + 50_000] for i in range(0, len(text), 50_000)]
+    assert list(corpus.cut(chunks)) == parts
+
+
+def test_a_text_is_cut_in_front_of_paragraphs_lines_and_words() -> None:
+    def second(text: str) -> str:
+        first, rest = corpus.cut([text], 20)
+        assert 10 < len(first) <= 20
+        return rest
+
+    assert second("a line of text\n\n  then\nmore text") == "then\nmore text"
+    assert second("a line of text\r\n\r\nmore text") == "more text"
+    assert second("a line of text\n\tthen more text") == "then more text"
+    assert second("a line of words, many words") == " many words"
+    assert second("x" * 25) == "x" * 5
+
+
+def test_read_pieces_of_a_large_file(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    text = "".join(f"Paragraph {i} of a caf\xe9.\n\n" for i in range(90_000))
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert path.stat().st_size > 2 * corpus._CHUNK_BYTES
+    (tmp_path / "small.txt").write_text("small")
+    (tmp_path / "blank.txt").write_text(" \n" * 50_000)
+    faults = corpus.Faults()
+    found = list(corpus.read_pieces([f"{tmp_path}/*.txt"], faults=faults))
+    assert [i for i, piece in enumerate(found) if piece.begins] == [0, len(found) - 1]
+    assert "".join(piece.text for piece in found[:-1]) == text
+    assert max(len(piece.text) for piece in found) <= corpus.BLOCK_CHARACTERS
+    assert (faults.empty, faults.skipped) == (1, 0)
+    assert list(read_documents([str(path)])) == [text]
+
+
+def test_broken_utf8_is_named_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    text = "\xe9" * corpus._CHUNK_BYTES
+    for start in (corpus._CHUNK_BYTES - 1, corpus._CHUNK_BYTES + 4):
+        data = bytearray(b"x" + text.encode())
+        data[start : start + 2] = b"\xff\xff"
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"a\.txt is not UTF-8: .* at byte (\d+)") as caught:
+            list(read_documents([str(path)]))
+        with pytest.raises(UnicodeDecodeError) as whole:
+            bytes(data).decode()
+        assert str(caught.value).endswith(f"at byte {whole.value.start}")
+
+
+def test_unreadable_sources_can_be_skipped(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    (tmp_path / "1.txt").write_bytes(b"x" * corpus._CHUNK_BYTES + b"\xff")
+    (tmp_path / "2.jsonl").write_bytes(
+        b'{"text": "one"}\n{"text": 1}\n{"tex\n{"text": "\xff"}\n\n{"text": ""}\n{"text": "two"}\n'
+    )
+    rows = b"".join(b'{"text": "packed %d"}\n' % i for i in range(30_000))
+    (tmp_path / "3.jsonl.gz").write_bytes(gzip.compress(rows)[:-9])
+    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "4.parquet")
+    (tmp_path / "5.txt").write_text("last")
+    sources = [f"{tmp_path}/*"]
+    with pytest.raises(DataError, match=r"1\.txt is not UTF-8"):
+        list(corpus.read_pieces(sources))
+    faults = corpus.Faults(skip=True)
+    texts = [piece.text for piece in corpus.read_pieces(sources, faults=faults)]
+    assert texts[:2] == ["one", "two"]
+    assert texts[-1] == "last"
+    assert len(texts) > 20_000
+    assert (faults.skipped, faults.empty) == (6, 1)
+    for name, message in zip(
+        ("1.txt", "2.jsonl:2", "2.jsonl:3", "2.jsonl:4", "3.jsonl.gz", "4.parquet"),
+        faults.first,
+        strict=True,
+    ):
+        assert name in message
+    with pytest.raises(DataError, match="no such file"):
+        corpus.read_pieces([f"{tmp_path}/6.txt"], faults=faults)
 
 
 @pytest.mark.skipif("SPIKELM_DATA" not in os.environ, reason="SPIKELM_DATA names no data folder")
@@ -316,15 +352,5 @@ def test_read_shared_data() -> None:
     folder = os.environ["SPIKELM_DATA"]
     (text,) = read_documents([f"{folder}/wikitext-2/test.txt.xz"])
     assert len(text.encode()) == 1_256_449
-    train, validation = split_documents([text], 0.1)
-    assert sum(map(len, train + validation)) == len(text)
-    assert 0.1 <= sum(map(len, validation)) / len(text) < 0.16
     questions = read_documents([f"{folder}/gsm8k/*.jsonl.xz"], text_key="question")
     assert sum(1 for _ in questions) == 7_473 + 1_319
-
-
-def test_split_documents_cuts_a_short_text_that_stands_alone() -> None:
-    text = "".join(f"Sentence {i} of a short text.\n\n" for i in range(200))
-    train, validation = split_documents([text], 0.02)
-    assert sum(map(len, train + validation)) == len(text)
-    assert 0.02 * len(text) <= sum(map(len, validation)) < 0.12 * len(text)

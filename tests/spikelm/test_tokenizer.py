@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from spikelm import corpus
 from spikelm.errors import CheckpointError, ConfigError, DataError
 from spikelm.tokenizer import EOS, Tokenizer
 
@@ -611,9 +612,82 @@ def test_lossless(tmp_path: Path) -> None:
 
 def test_fits() -> None:
     assert BYTES.fits(257)
-    assert not BYTES.fits(258)
+    assert BYTES.fits(320)
+    assert not BYTES.fits(256)
     assert WORLD.fits(WORLD.vocab_size + 6)
     assert not WORLD.fits(WORLD.vocab_size - 1)
+
+
+@every_foreign
+def test_separated_for_training(name: str, tmp_path: Path) -> None:
+    source = Tokenizer.load(write(tmp_path / "source", FOREIGN[name]))
+    tokenizer = source.separated()
+    first = source.eos_id
+    assert tokenizer.encode(SAMPLES[0]) == source.encode(SAMPLES[0])
+    assert tokenizer.fingerprint != source.fingerprint
+    assert tokenizer.stop_ids == source.stop_ids
+    tokenizer.save(tmp_path / "model")
+    for found in (tokenizer, Tokenizer.load(tmp_path / "model"), tokenizer.separated()):
+        assert (found.bos_id, found.eos_id, found.reset_id) == (first, first, first)
+        assert found.prompt_prefix == (first,)
+        assert found.fingerprint == tokenizer.fingerprint
+
+
+def test_separators_stand_for_no_text(tmp_path: Path) -> None:
+    assert BPE.separated() is BPE
+    assert WORLD.separated().reset_id == 0
+    path = tmp_path / "characters.json"
+    path.write_text(json.dumps({str(i): c for i, c in enumerate("\n abc")}))
+    with pytest.raises(ConfigError, match=r"stands for '\\n'; name one that no text has"):
+        Tokenizer.from_file(path).separated()
+
+
+@settings(max_examples=40)
+@given(
+    pieces=st.lists(
+        st.sampled_from(
+            [
+                "word",
+                " word",
+                "\n",
+                "\n\n",
+                "\r\n",
+                "  ",
+                "\t",
+                " .",
+                "...",
+                "12",
+                "\xe9",
+                "\u0301",
+                "\u3000",
+            ]
+        ),
+        min_size=1,
+        max_size=200,
+    ),
+    limit=st.integers(8, 60),
+)
+def test_parts_of_a_text_have_the_ids_of_the_whole(pieces: list[str], limit: int) -> None:
+    # Without long words, which are cut anywhere.
+    text = " ".join(pieces)
+    parts = list(corpus.cut([text], limit))
+    long_words = any(len(word) > limit // 2 - 2 for word in text.split())
+    long_spaces = re.search(rf"\s{{{limit // 2 - 2}}}", text) is not None
+    assume(not long_words and not long_spaces)
+    for tokenizer in (BPE, BYTES):
+        ids = [i for n, part in enumerate(parts) for i in tokenizer.encode(part, continues=n > 0)]
+        assert ids == tokenizer.encode(text)
+
+
+@every_foreign
+def test_parts_of_foreign_text_differ_at_borders_alone(name: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write(tmp_path, FOREIGN[name]))
+    text = "\n\n".join(SPEECH * 40)
+    parts = list(corpus.cut([text], 500))
+    ids = [i for n, part in enumerate(parts) for i in tokenizer.encode(part, continues=n > 0)]
+    whole = tokenizer.encode(text)
+    assert tokenizer.decode_bytes(ids) == tokenizer.decode_bytes(whole)
+    assert abs(len(ids) - len(whole)) <= len(parts)
 
 
 @every_foreign

@@ -46,6 +46,7 @@ def assert_same(a: Trainer, b: Trainer) -> None:
         ("model.tie_embeddings=true", "optim.schedule=wsd"),
         ("optim.name=muon", "optim.neuron_lr=0.5", "model.neurons.ffn_hidden.learn=true"),
         ("ema=0.9", "z_loss=1e-3", "loss_chunk=48", "activation_checkpointing=layers"),
+        ("data.sampling=carried", "grad_accum_steps=2"),
     ],
 )
 def test_resume_is_exact(make: Make, settings: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from spikelm.config import (
@@ -29,21 +30,59 @@ def _require(ok: bool, name: str, given: object, allowed: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerConfig:
-    """The tokenizer, trained on the run's own training text."""
+    """The tokenizer: trained on the run's own training text, or another model's."""
 
-    kind: Literal["bpe", "bytes"] = "bpe"
-    """bpe: byte-level pairs; bytes: one token per byte, always 257 entries."""
+    kind: Literal["bpe", "bytes", "file"] = "bpe"
+    """bpe: byte-level pairs; bytes: a token per byte, always 257 entries; file: that of `path`."""
     vocab_size: int = 1024
-    """Entries N of the bpe vocabulary, the document separator included."""
+    """Entries of the bpe vocabulary, the document separator included; a file's follow from it."""
+    path: str | None = None
+    """A model folder, tokenizer.json, rwkv_vocab_*.txt, or what `spikelm data` wrote."""
+    eos: str | None = None
+    """The token of `path` that separates documents; null is the one that it ends texts with."""
+    train_bytes: int | None = None
+    """About how much of the training text bpe learns from, spread over it; null is all."""
+    pad_to: int = 1
+    """The model's rows are the entries rounded up to a multiple of this; no text has the others."""
 
     def __post_init__(self) -> None:
-        least = f"an integer >= {BYTE_VOCABULARY}"
-        _require(self.vocab_size >= BYTE_VOCABULARY, "vocab_size", self.vocab_size, least)
+        if self.kind != "file":
+            least = f"an integer >= {BYTE_VOCABULARY}"
+            _require(self.vocab_size >= BYTE_VOCABULARY, "vocab_size", self.vocab_size, least)
+        if (self.path is not None) != (self.kind == "file"):
+            raise ConfigError(f"path: {self.path} given with kind {self.kind}; file alone has one")
+        if self.eos is not None and self.kind != "file":
+            raise ConfigError(f"eos: {self.eos} given with kind {self.kind}; file alone has one")
+        size = self.train_bytes
+        _require(size is None or size >= 1, "train_bytes", size, "an integer >= 1, or null")
+        _require(self.pad_to >= 1, "pad_to", self.pad_to, "an integer >= 1")
 
     @property
     def size(self) -> int:
-        """Entries N of the vocabulary."""
+        """Entries of the vocabulary."""
         return BYTE_VOCABULARY if self.kind == "bytes" else self.vocab_size
+
+    @property
+    def num_rows(self) -> int:
+        """Rows N of the model's embedding and head."""
+        return math.ceil(self.size / self.pad_to) * self.pad_to
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetConfig:
+    """One of the texts of a mixture."""
+
+    weight: float
+    """Its share of the rows, beside the other weights."""
+    prepared: str | None = None
+    """Folder that `spikelm data prepare` wrote."""
+    sources: tuple[str, ...] = ()
+    """Or files, globs and dataset names."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.weight < math.inf, "weight", self.weight, "a number > 0")
+        if (self.prepared is not None) == bool(self.sources):
+            raise ConfigError("a set of a mixture has either prepared or sources")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +91,12 @@ class DataConfig:
 
     sources: tuple[str, ...] = ()
     """Files, globs and dataset names; empty is the built-in corpus."""
+    prepared: str | None = None
+    """Folder that `spikelm data prepare` wrote, instead of `sources`."""
+    mixture: tuple[SetConfig, ...] = ()
+    """Several texts and their shares, instead of `sources`."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What unreadable files and rows do: end the run, or be counted and left out."""
     text_key: str = "text"
     """The field of a table's row that holds the text."""
     max_documents: int | None = None
@@ -62,8 +107,9 @@ class DataConfig:
     """Part of the text of `sources` held out (the built-in corpus has its own division)."""
     validation_sources: tuple[str, ...] = ()
     """Held-out text of its own, like `sources`; all of those are then trained on."""
-    sampling: Literal["random_window", "packed"] = "random_window"
-    """random_window: windows anywhere; packed: every document once per epoch, back to back."""
+    sampling: Literal["random_window", "packed", "carried"] = "random_window"
+    """random_window: windows anywhere; packed: every document once per epoch, back to back;
+    carried: the same, every row going on where it was a step before, with its state."""
     sequence_length: int = 256
     """Tokens T per sequence."""
 
@@ -74,6 +120,10 @@ class DataConfig:
         for name in ("max_documents", "max_bytes"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "an integer >= 1, or null")
+        if bool(self.sources) + (self.prepared is not None) + bool(self.mixture) > 1:
+            raise ConfigError("give one of sources, prepared and mixture")
+        if self.validation_sources and (self.prepared is not None or self.mixture):
+            raise ConfigError("validation_sources: prepared texts and mixtures hold out their own")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -332,10 +382,10 @@ class TrainConfig:
     """FLOP/s of one device that MFU is a share of; null: of its data sheet, or measured."""
 
     def __post_init__(self) -> None:
-        if self.model.vocab_size != self.tokenizer.size:
+        if self.model.vocab_size != self.tokenizer.num_rows:
             raise ConfigError(
                 f"model.vocab_size {self.model.vocab_size} contradicts the "
-                f"{self.tokenizer.kind} tokenizer's {self.tokenizer.size} entries; drop "
+                f"{self.tokenizer.kind} tokenizer's {self.tokenizer.num_rows} entries; drop "
                 "model.vocab_size (it follows tokenizer.vocab_size) or make them equal"
             )
         for name in (
@@ -369,6 +419,12 @@ class TrainConfig:
                 "logits are compared as a whole"
             )
         _require(0 < self.quantise_at < 1, "quantise_at", self.quantise_at, "0 < at < 1")
+        if self.data.sampling == "carried":
+            growing = sorted({"full", "parallel_full"} & set(self.model.mixers))
+            if growing:
+                raise ConfigError(f"data.sampling: carried; the state of {growing[0]} layers grows")
+            if self.distill.teacher is not None:
+                raise ConfigError("data.sampling: carried; a teacher sees one window alone")
         if self.distill.features > 0 and self.model.sink_embeddings:
             raise ConfigError("distill.features needs a model without sink_embeddings")
         seconds = self.max_seconds
@@ -412,10 +468,29 @@ def load_recipe(
     if sources:
         given = data.get("data") or {}
         data["data"] = {**given, "sources": list(sources)} if isinstance(given, dict) else given
+    data["tokenizer"] = _tokenizer(data)
     if isinstance(data.get("model"), dict):
-        tokenizer = from_dict(TokenizerConfig, data.get("tokenizer", {}), "tokenizer")
-        data["model"].setdefault("vocab_size", tokenizer.size)
+        tokenizer = from_dict(TokenizerConfig, data["tokenizer"], "tokenizer")
+        data["model"].setdefault("vocab_size", tokenizer.num_rows)
     return from_dict(TrainConfig, data)
+
+
+def _tokenizer(data: Mapping[str, Any]) -> Any:
+    """The recipe's tokenizer: where it names none, that of a prepared text; with a file's size."""
+    given = data.get("tokenizer") or {}
+    if not isinstance(given, dict):
+        return given
+    text = from_dict(DataConfig, data.get("data") or {}, "data")
+    folders = (text.prepared, *(part.prepared for part in text.mixture))
+    prepared = next(filter(None, folders), None)
+    if prepared is not None and "kind" not in given:
+        given = {**given, "kind": "file", "path": str(Path(prepared) / "tokenizer")}
+    if given.get("kind") == "file" and given.get("path") and "vocab_size" not in given:
+        from spikelm.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_file(Path(given["path"]), eos=given.get("eos"))
+        given = {**given, "vocab_size": tokenizer.vocab_size}
+    return given
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:

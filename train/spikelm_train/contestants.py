@@ -22,12 +22,13 @@ from spikelm.tokenizer import Tokenizer
 from spikelm_train.bench import LOG_EVERY
 from spikelm_train.config import DataConfig, OptimConfig, TokenizerConfig, TrainConfig
 from spikelm_train.cost import meta_model
-from spikelm_train.data import Corpus, Split
+from spikelm_train.data import Corpus
 from spikelm_train.loop import Trainer
 from spikelm_train.objective import cross_entropy
 from spikelm_train.optim import make_optimizer
 from spikelm_train.parallel import make_accelerator
 from spikelm_train.report import Reporter
+from spikelm_train.texts.shards import Split
 
 TEXT_TOKENS = 200_000
 
@@ -129,7 +130,7 @@ def _ours(
         precision="bf16" if precision == "bf16" else "fp32",
     )
     ids = np.random.default_rng(0).integers(shape.vocab_size, size=TEXT_TOKENS + length)
-    text = Split(ids.astype("<u4"), len(ids), 1)
+    text = Split(ids.astype("<u4"), np.zeros(1, np.int64), len(ids))
     reporter = Reporter(folder, io.StringIO(), 0)
     corpus = Corpus(Tokenizer.bytes(), text, text)
     trainer = Trainer(config, folder, corpus, make_accelerator(config), reporter)

@@ -1,17 +1,12 @@
-"""Text -> token files -> batches. A batch is a pure function of (seed, step, row).
-
-A document is stored as its separator followed by its tokens, so the separator is the first
-token of every document: the state is forgotten before it, and the first word is predicted from
-it, exactly as an empty prompt is. L is the sequence length; a row has L + 1 tokens, inputs and
-targets overlapping.
-"""
+"""The text of a run: tokenised, or found prepared; and its batches."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,34 +16,43 @@ import torch
 from torch import Tensor
 
 from spikelm.config import to_dict
-from spikelm.corpus import builtin_documents, read_documents, split_documents
-from spikelm.errors import CheckpointError, ConfigError, DataError
+from spikelm.errors import ConfigError, DataError
 from spikelm.tokenizer import Tokenizer
-from spikelm_train.config import DataConfig, TokenizerConfig, TrainConfig
+from spikelm_train.config import DataConfig, SetConfig, TokenizerConfig, TrainConfig
+from spikelm_train.samplers import (
+    CarriedWindows,
+    MixedLanes,
+    Mixture,
+    PackedDocuments,
+    RandomWindows,
+    Sampler,
+    shares,
+)
+from spikelm_train.texts.prepare import Text, make_tokenizer, write_text
+from spikelm_train.texts.shards import TOKENIZER, Prepared, Split, Tokens, open_prepared
 
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
-
-META = "meta.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """One side of the corpus as a memory-mapped file of ids."""
-
-    tokens: Tokens
-    """All documents back to back, each begun by the separator."""
-    num_bytes: int
-    """Bytes of the text."""
-    num_documents: int
+SEEN = "prepared.json"
+"""What the prepared texts of a run were when it began."""
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """A tokenizer and the text it was trained on."""
+    """A tokenizer and the text it is for."""
 
     tokenizer: Tokenizer
     train: Split
+    """All of it; of a mixture, one text behind the other."""
     validation: Split
+    sets: tuple[tuple[float, Split], ...] = ()
+    """The training texts of a mixture and their weights."""
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Of the training text, as it is sampled."""
+        if not self.sets:
+            return len(self.train.tokens) / self.train.num_bytes
+        weights = sum(weight for weight, _ in self.sets)
+        return weights / sum(w * s.num_bytes / len(s.tokens) for w, s in self.sets)
 
 
 class Batch(NamedTuple):
@@ -69,83 +73,28 @@ def make_batch(rows: npt.NDArray[np.int64], eos_id: int) -> Batch:
     return Batch(inputs, tokens[:, 1:], inputs == eos_id)
 
 
-class RandomWindows:
-    """Windows that begin anywhere; the rows of a step, of all ranks, begin at distinct tokens."""
+def make_sampler(config: TrainConfig, corpus: Corpus, rows_per_step: int) -> Sampler:
+    """The sampler of a recipe over the training tokens.
 
-    def __init__(self, tokens: Tokens, sequence_length: int, rows_per_step: int, seed: int) -> None:
-        self.tokens = tokens
-        self.sequence_length = sequence_length
-        self.rows_per_step = rows_per_step
-        self.seed = seed
-
-    def rows(self, step: int, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Rows `start` to `stop` of the step's global batch [stop - start, L + 1]."""
-        generator = np.random.default_rng([self.seed, step])
-        choices = len(self.tokens) - self.sequence_length
-        again = self.rows_per_step > choices
-        begins = generator.choice(choices, self.rows_per_step, replace=again)[start:stop]
-        windows = [self.tokens[b : b + self.sequence_length + 1] for b in begins]
-        return np.stack(windows).astype(np.int64)
-
-
-class PackedDocuments:
-    """Every document once per epoch, in an order drawn per epoch, packed back to back.
-
-    The epochs form one endless stream; row r of the training run covers its tokens r L to
-    (r + 1) L, both ends included, so every token is the target of exactly one row.
+    Raises: ConfigError for a mixture of which a text gets no row.
     """
-
-    def __init__(
-        self, tokens: Tokens, eos_id: int, sequence_length: int, rows_per_step: int, seed: int
-    ) -> None:
-        self.tokens = tokens
-        self.sequence_length = sequence_length
-        self.rows_per_step = rows_per_step
-        self.seed = seed
-        self.begins = np.flatnonzero(tokens == eos_id)
-        self.lengths = np.diff(self.begins, append=len(tokens))
-        self._epoch = -1
-
-    def rows(self, step: int, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Rows `start` to `stop` of the step's global batch [stop - start, L + 1]."""
-        first = step * self.rows_per_step
-        return np.stack([self._row(first + row) for row in range(start, stop)])
-
-    def _row(self, row: int) -> npt.NDArray[np.int64]:
-        epoch, at = divmod(row * self.sequence_length, len(self.tokens))
-        pieces: list[Tokens] = []
-        missing = self.sequence_length + 1
-        while missing:
-            self._shuffle(epoch)
-            index = int(np.searchsorted(self._ends, at, side="right"))
-            while missing and index < len(self._order):
-                document = self._order[index]
-                end = self.begins[document] + self.lengths[document]
-                begin = end - (self._ends[index] - at)
-                pieces.append(self.tokens[begin : min(end, begin + missing)])
-                missing -= len(pieces[-1])
-                at += len(pieces[-1])
-                index += 1
-            epoch, at = epoch + 1, 0
-        return np.concatenate(pieces).astype(np.int64)
-
-    def _shuffle(self, epoch: int) -> None:
-        if epoch != self._epoch:
-            generator = np.random.default_rng([self.seed, epoch])
-            self._order = generator.permutation(len(self.begins))
-            self._ends = np.cumsum(self.lengths[self._order])
-            self._epoch = epoch
+    if not corpus.sets:
+        return _sampler(config, corpus.train, rows_per_step)
+    weights, splits = zip(*corpus.sets, strict=True)
+    if config.data.sampling == "carried":
+        lanes = shares(weights, rows_per_step)
+        parts = (_sampler(config, s, n) for s, n in zip(splits, lanes, strict=True))
+        return MixedLanes([part for part in parts if isinstance(part, CarriedWindows)])
+    samplers = [_sampler(config, split, rows_per_step) for split in splits]
+    return Mixture(samplers, weights, rows_per_step, config.seed)
 
 
-def make_sampler(
-    config: TrainConfig, corpus: Corpus, rows_per_step: int
-) -> RandomWindows | PackedDocuments:
-    """The sampler of a recipe over the training tokens."""
-    length, tokens = config.data.sequence_length, corpus.train.tokens
-    if config.data.sampling == "packed":
-        eos_id = corpus.tokenizer.eos_id
-        return PackedDocuments(tokens, eos_id, length, rows_per_step, config.seed)
-    return RandomWindows(tokens, length, rows_per_step, config.seed)
+def _sampler(config: TrainConfig, split: Split, rows_per_step: int) -> Sampler:
+    length, seed = config.data.sequence_length, config.seed
+    if config.data.sampling == "random_window":
+        return RandomWindows(split.tokens, length, rows_per_step, seed)
+    kind = CarriedWindows if config.data.sampling == "carried" else PackedDocuments
+    return kind(split.tokens, split.starts, length, rows_per_step, seed)
 
 
 def validation_rows(tokens: Tokens, sequence_length: int, at_most: int) -> npt.NDArray[np.int64]:
@@ -157,142 +106,133 @@ def validation_rows(tokens: Tokens, sequence_length: int, at_most: int) -> npt.N
     available = (len(tokens) - 1) // length
     count = max(1, min(available, at_most // length))
     begins = length * np.linspace(0, available - 1, count).astype(np.int64)
-    return np.stack([tokens[b : b + length + 1] for b in begins]).astype(np.int64)
+    return np.stack([tokens[int(b) : int(b) + length + 1] for b in begins]).astype(np.int64)
 
 
 def prepare(config: TrainConfig, folder: Path) -> Corpus:
-    """Tokenises the recipe's text into `folder`, or finds there what an earlier run left.
+    """Opens the recipe's prepared texts, and tokenises its sources into `folder`, or finds there
+    what an earlier run left.
 
-    Raises: DataError for sources without enough text; ConfigError for a vocabulary the text
-    cannot fill.
+    Raises: DataError for sources without enough text, and for prepared texts that are damaged or
+    were changed since the run began; ConfigError for a vocabulary the text cannot fill, and for
+    prepared texts of another tokenizer.
     """
-    corpus = _reopen(config, folder)
-    if corpus is None:
-        train, validation = documents(config.data)
-        tokenizer = _train_tokenizer(config.tokenizer, train)
+    data = config.data
+    sets: Sequence[DataConfig | SetConfig] = data.mixture or (data,)
+    own = [folder / f"set-{i}" if data.mixture else folder for i in range(len(sets))]
+    folders: list[Path] = []
+    parts: dict[Path, Prepared] = {}
+    texts: dict[Path, Text] = {}
+    for part, path in zip(sets, own, strict=True):
+        if part.prepared is not None:
+            folders.append(Path(part.prepared))
+            parts[folders[-1]] = open_prepared(folders[-1])
+        else:
+            folders.append(path)
+            texts[path] = Text(replace(data, sources=part.sources, mixture=()))
+    _check_unchanged(folder, parts)
+    tokenizer = _known_tokenizer(config.tokenizer, parts)
+    cached = _reopen(config, list(texts), tokenizer)
+    if cached is None:
+        tokenizer = tokenizer or make_tokenizer(config.tokenizer, list(texts.values()))
+        for path, text in texts.items():
+            write_text(text, config.tokenizer, tokenizer, path, key=_key(config, tokenizer))
+        cached = _reopen(config, list(texts), tokenizer)
+    assert cached is not None
+    found = [(cached | parts)[path] for path in folders]
+    _check_length(found, data.sequence_length)
+    weights = (s.weight for s in data.mixture)
+    return Corpus(
+        found[0].tokenizer,
+        Split.join([part.train for part in found]),
+        Split.join([part.validation for part in found]),
+        tuple((weight, part.train) for weight, part in zip(weights, found, strict=False)),
+    )
+
+
+def _check_length(parts: Sequence[Prepared], sequence_length: int) -> None:
+    shortest = min(len(part.train.tokens) for part in parts)
+    if shortest < sequence_length + 1:
+        raise DataError(
+            f"the training text has {shortest} tokens, fewer than one sequence of "
+            f"{sequence_length + 1}; give more text or lower data.sequence_length"
+        )
+
+
+def _known_tokenizer(
+    config: TokenizerConfig, prepared: Mapping[Path, Prepared]
+) -> Tokenizer | None:
+    """The recipe's tokenizer if it is not to be learned from its text.
+
+    Raises: ConfigError if a prepared text has another one.
+    """
+    own = None if config.kind == "bpe" else make_tokenizer(config, [])
+    for folder, part in prepared.items():
+        made = part.meta["made"]["tokenizer"]
+        learned = config.kind == "bpe" and (made["kind"], made["vocab_size"]) == (
+            "bpe",
+            config.size,
+        )
+        own = own or (part.tokenizer if learned else None)
+        if own is None or own.fingerprint != part.tokenizer.fingerprint:
+            raise ConfigError(
+                f"{folder} was prepared with another tokenizer ({part.tokenizer.vocab_size} "
+                "entries); leave tokenizer.kind out of the recipe, or add "
+                f"--set 'tokenizer={{kind: file, path: {folder / TOKENIZER}}}'"
+            )
+    return own
+
+
+def _check_unchanged(folder: Path, prepared: Mapping[Path, Prepared]) -> None:
+    """Raises: DataError if a prepared text is not what it was when the run in `folder` began."""
+    seen: dict[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        seen = json.loads((folder / SEEN).read_text(encoding="utf-8"))
+    found = {str(path): _digest(part.meta) for path, part in prepared.items()}
+    changed = [path for path, digest in found.items() if seen.get(path, digest) != digest]
+    if changed:
+        raise DataError(
+            f"{changed[0]} was prepared anew since the run began; restore it, or start over with "
+            "--fresh"
+        )
+    if found.keys() - seen.keys():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / META).unlink(missing_ok=True)
-        tokenizer.save(folder / "tokenizer")
-        meta = {
-            "key": _key(config, tokenizer),
-            "train": _write(folder / "train.bin", train, tokenizer),
-            "validation": _write(folder / "validation.bin", validation, tokenizer),
-        }
-        # Written last: its presence says that the rest is complete.
-        (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        corpus = _reopen(config, folder)
-    assert corpus is not None
-    length, found = config.data.sequence_length, len(corpus.train.tokens)
-    if found < length + 1:
-        raise DataError(
-            f"the training text has {found} tokens, fewer than one sequence of {length + 1}; "
-            "give more text or lower data.sequence_length"
-        )
-    return corpus
+        (folder / SEEN).write_text(json.dumps(seen | found, indent=2) + "\n", encoding="utf-8")
 
 
-def documents(config: DataConfig) -> tuple[list[str], list[str]]:
-    """Training and validation documents of the recipe's sources.
-
-    Raises: DataError for sources that are missing, unreadable or without enough text.
-    """
-    own = config.validation_sources
-    if not config.sources and not own:
-        return builtin_documents("train"), builtin_documents("validation")
-    found: Iterable[str] = builtin_documents("train")
-    if config.sources:
-        found = _limited(read_documents(config.sources, text_key=config.text_key), config)
-    if not own:
-        return split_documents(found, config.validation_fraction)
-    train, validation = list(found), list(read_documents(own, text_key=config.text_key))
-    check_disjoint(train, validation, "validation")
-    return train, validation
-
-
-def check_disjoint(train: Iterable[str], held_out: Iterable[str], name: str) -> None:
-    """Raises: DataError if a held-out document is a training document, white space aside."""
-    seen = {_document_hash(text) for text in train}
-    leaked = [text for text in held_out if _document_hash(text) in seen]
-    if leaked:
-        raise DataError(
-            f"{len(leaked)} {name} document(s) are training documents too, the first one "
-            f"{' '.join(leaked[0].split())[:60]!r}; take them out of one of the two"
-        )
-
-
-def _document_hash(text: str) -> bytes:
-    return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).digest()
-
-
-def _limited(found: Iterable[str], config: DataConfig) -> Iterator[str]:
-    taken = 0
-    for index, text in enumerate(found):
-        if index == config.max_documents:
-            return
-        taken += len(text.encode("utf-8", "surrogatepass"))
-        yield text
-        if config.max_bytes is not None and taken >= config.max_bytes:
-            return
-
-
-def _train_tokenizer(config: TokenizerConfig, texts: list[str]) -> Tokenizer:
-    if config.kind == "bytes":
-        return Tokenizer.bytes()
-    tokenizer = Tokenizer.train_bpe(texts, config.vocab_size)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ConfigError(
-            f"tokenizer.vocab_size: {config.vocab_size} given, but the training text fills only "
-            f"{tokenizer.vocab_size}; add --set tokenizer.vocab_size={tokenizer.vocab_size}"
-        )
-    return tokenizer
-
-
-def _write(path: Path, texts: list[str], tokenizer: Tokenizer) -> dict[str, Any]:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    total = num_bytes = 0
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for text in texts:
-            ids = np.array([tokenizer.eos_id, *tokenizer.encode(text)], dtype)
-            ids.tofile(file)
-            total += len(ids)
-            data = text.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "little") + data)
-            num_bytes += len(data)
-    return {
-        "dtype": dtype.str,
-        "tokens": total,
-        "bytes": num_bytes,
-        "documents": len(texts),
-        "sha256": digest.hexdigest(),
-    }
-
-
-def _reopen(config: TrainConfig, folder: Path) -> Corpus | None:
-    """The corpus in `folder` if it is complete and was made for this recipe, else None."""
-    try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        tokenizer = Tokenizer.load(folder / "tokenizer")
-        if meta["key"] != _key(config, tokenizer):
+def _reopen(
+    config: TrainConfig, folders: Sequence[Path], tokenizer: Tokenizer | None
+) -> dict[Path, Prepared] | None:
+    """The texts in `folders` if all are complete and were made for this recipe, else None."""
+    found = {}
+    for folder in folders:
+        try:
+            part = open_prepared(folder)
+        except DataError:
             return None
-        train, validation = (_open(folder, meta, name) for name in ("train", "validation"))
-    except (OSError, ValueError, KeyError, CheckpointError):
-        return None
-    return Corpus(tokenizer, train, validation)
-
-
-def _open(folder: Path, meta: dict[str, Any], name: str) -> Split:
-    about = meta[name]
-    tokens = np.memmap(folder / f"{name}.bin", dtype=np.dtype(about["dtype"]), mode="r")
-    if len(tokens) != about["tokens"]:
-        raise ValueError(f"{name}.bin holds {len(tokens)} tokens, expected {about['tokens']}")
-    return Split(tokens, about["bytes"], about["documents"])
+        tokenizer = tokenizer or part.tokenizer
+        same = part.tokenizer.fingerprint == tokenizer.fingerprint
+        if not same or part.meta.get("key") != _key(config, tokenizer):
+            return None
+        found[folder] = part
+    return found
 
 
 def _key(config: TrainConfig, tokenizer: Tokenizer) -> str:
     """What the token files depend on."""
-    data = to_dict(config.data)
-    for name in ("sampling", "sequence_length"):
+    data, kind = to_dict(config.data), to_dict(config.tokenizer)
+    sets = [(part["prepared"], part["sources"]) for part in data.pop("mixture")]
+    for name in ("sampling", "sequence_length", "prepared"):
         del data[name]
-    parts = [data, to_dict(config.tokenizer), tokenizer.fingerprint]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    for name in ("path", "eos", "pad_to"):
+        del kind[name]
+    # Where an option is off, the key is the one from before there was the option.
+    if data["on_error"] == "stop":
+        del data["on_error"]
+    if kind["train_bytes"] is None:
+        del kind["train_bytes"]
+    return _digest([data, kind, tokenizer.fingerprint, *sets])
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -17,6 +17,7 @@ from spikelm.errors import CheckpointError, SpikelmError
 from spikelm.models.spikelm import LanguageModel
 from spikelm_train import checkpoints, resume
 from spikelm_train.average import Average
+from spikelm_train.carried import CarriedState
 from spikelm_train.checkpoints import Position
 from spikelm_train.config import TrainConfig
 from spikelm_train.data import Corpus, make_sampler, prepare
@@ -148,9 +149,13 @@ class Trainer:
             self.distillation.map = accelerator.prepare(learned)
         self.guard = Guard(config.guard)
         self.sampler = make_sampler(config, corpus, self.rows)
+        self.carried: CarriedState | None = None
+        if config.data.sampling == "carried":
+            from accelerate.utils.operations import gather_object
+
+            self.carried = CarriedState(accelerator.device, gather_object)
         self.tokens_per_step = self.rows * config.data.sequence_length
-        train = corpus.train
-        self.bits_per_byte = len(train.tokens) / train.num_bytes / math.log(2)
+        self.bits_per_byte = corpus.tokens_per_byte / math.log(2)
         """Factor from nats per training token to bits per byte."""
         self.gauge = None
         if reporter:
@@ -311,18 +316,23 @@ class Trainer:
         for part in range(parts):
             start = (part * accelerator.num_processes + accelerator.process_index) * size
             rows = self.sampler.rows(self.step + self.guard.data_steps, start, start + size)
+            lanes = range(start, start + size)
+            state = self.carried.take(lanes) if self.carried else None
             batch = to_batch(rows, self.corpus.tokenizer.eos_id, accelerator.device)
             with self.parallel.accumulating(last=part == parts - 1):
                 balance: list[torch.Tensor] = []
                 taught = self.distillation
                 with taught.watching() if taught else contextlib.nullcontext():
-                    output, _ = self.parallel.model(
+                    output, state = self.parallel.model(
                         batch.inputs,
+                        state,
                         reset=batch.reset,
                         probe=self.silence,
                         losses=balance,
                         **self.objective.options(batch.targets),
                     )
+                if self.carried:
+                    self.carried.put(lanes, state)
                 loss, more_terms = self.objective.terms(output, batch.targets)
                 learned = taught.objective(loss, output, batch) if taught else loss
                 objective = sum([*balance, *more_terms], start=learned)
@@ -415,6 +425,8 @@ class Trainer:
         }
         if self.distillation and self.distillation.map is not None:
             parts["feature_map"] = self.accelerator.unwrap_model(self.distillation.map)
+        if self.carried is not None:
+            parts["carried"] = self.carried
         if self.config.ema is not None:
             parts["average"] = self.average
         return parts

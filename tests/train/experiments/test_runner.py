@@ -223,7 +223,7 @@ def test_training_stops_with_a_checkpoint_when_the_study_is_stopped(
     assert status == 143, (out / "train.log").read_text()
     assert kept_steps(out)[-1] > 0
     assert "stopped after step" in (out / "train.log").read_text()
-    assert (tmp_path / "corpus" / "train.bin").is_file()
+    assert (tmp_path / "corpus" / "train-00000.bin").is_file()
     assert not (out / "data").exists()
 
 

@@ -37,11 +37,13 @@ from spikelm.eval.race import race
 from spikelm.tokenizer import Tokenizer
 from spikelm_train.checkpoints import find, read_position
 from spikelm_train.cli import count_parameters
-from spikelm_train.data import META, check_disjoint, prepare
+from spikelm_train.data import prepare
 from spikelm_train.experiments.provenance import provenance
 from spikelm_train.experiments.study import TRAINED, DataFiles, Run, Study, same_recipe
 from spikelm_train.report import read_metrics
 from spikelm_train.resume import Interruption
+from spikelm_train.texts.division import check_disjoint
+from spikelm_train.texts.shards import META
 
 Say = Callable[[str], None]
 Outcome = Literal["finished", "failed", "busy"]
