@@ -121,7 +121,9 @@ def _run_layer(layer: Layer, tokens: int, precision: str) -> tuple[int, int]:
             alive.append(storage)
         return tensor
 
-    context = Context(torch.arange(tokens, device=weight.device)[None], None)
+    position = torch.arange(tokens, device=weight.device)[None]
+    # Training batches hold documents, whose borders are masks that backward needs too.
+    context = Context(position, torch.zeros_like(position))
     counter = FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: _solve_flops}
     )
