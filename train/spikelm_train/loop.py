@@ -290,7 +290,7 @@ class Trainer:
         if action == "stop" or not earlier:
             raise SpikelmError(self._diverged(at, what))
         self._finish_writing()
-        if self.reporter:
+        if self.accelerator.is_main_process:
             checkpoints.forget_after(self.out, earlier[-1])
         kept, seconds = guard.state_dict(), self._seconds_before
         self.load(checkpoints.read_position(checkpoints.step_folder(self.out, earlier[-1])))
