@@ -98,8 +98,8 @@ def _check_processes(
     if position.strategy != strategy:
         how = {"copies": "without sharding", "shards": "with --shard", "zero": "by DeepSpeed"}
         raise ConfigError(
-            f"{out} was begun {how[position.strategy]}; start it so again, or take its weights "
-            f"into another run (spikelm export {out} --out MODEL, then --set init=MODEL)"
+            f"{out} was begun {how[position.strategy]}; start it so again, or use another --out "
+            "(spikelm export makes a model of what it has)"
         )
     if strategy == "zero" and position.num_processes != num_processes:
         raise ConfigError(
