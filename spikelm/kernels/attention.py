@@ -85,20 +85,14 @@ def attention(
         assert window is None or window >= T
         size = T
     outputs = []
-    for start in range(0, T, size):
-        part = slice(start, start + size)
+    # split, as the backward of slicing would fill a whole tensor per chunk.
+    parts = (x.split(size, 1) for x in (q, q_sink, k, v, position, segment))
+    for start, (*part, segments) in zip(range(0, T, size), zip(*parts, strict=True), strict=True):
         seen = segment[:, start - 1] if start else torch.zeros_like(segment[:, 0])
+        since = segments - seen[:, None]
+        new_q, new_q_sink, new_k, new_v, at = part
         out, memory = _chunk(
-            q[:, part],
-            q_sink[:, part],
-            k[:, part],
-            v[:, part],
-            memory,
-            position[:, part],
-            segment[:, part] - seen[:, None],
-            window,
-            resets,
-            causal,
+            new_q, new_q_sink, new_k, new_v, memory, at, since, window, resets, causal
         )
         outputs.append(out)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), memory
