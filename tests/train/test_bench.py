@@ -76,13 +76,14 @@ def test_numbers_of_an_option() -> None:
 def test_turns_alternate_and_ratios_are_formed_within_rounds() -> None:
     order: list[str] = []
 
-    def take(name: str, steps: int) -> tuple[float, float]:
+    def take(name: str) -> tuple[float, float]:
         order.append(name)
         return float(len(order)), 2.0 * len(order)
 
-    found = measure(["a", "b"], take, 2, 3)
-    assert order == ["a", "b", "a", "b", "b", "a"]
-    assert found["a"] == {"seconds": [3.0, 6.0], "cpu_seconds": [6.0, 12.0]}
+    found = measure(["a", "b"], take, 2, 2)
+    # The first turns do not count.
+    assert order == ["a", "b", "a", "b", "b", "a", "b", "a", "a", "b"]
+    assert found["a"] == {"seconds": [4.5, 8.5], "cpu_seconds": [9.0, 17.0]}
     assert ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
 
 
@@ -90,7 +91,7 @@ def test_contestants_take_steps(tmp_path: Path) -> None:
     shape = from_dict(ModelConfig, SHAPE)
     for kind in ("spikelm", "bare", "dense", "transformer"):
         enter(kind, kind, shape, 32, 2, 1, "fp32", str(tmp_path))
-        wall, cpu = turn(kind, 1)
+        wall, cpu = turn(kind)
         assert wall > 0
         assert cpu > 0
     assert facts("dense")["parameters"] < facts("bare")["parameters"]

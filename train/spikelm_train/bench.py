@@ -159,9 +159,8 @@ def bench_train(
         for part, kinds in (("overhead", ("spikelm", "bare")), ("neurons", ("bare", "dense"))):
             if part in parts:
                 entries = {k: Entry(k, shape, length, batch, *options, folder) for k in kinds}
-                # A record every so many steps is part of the overhead.
-                steps = LOG_EVERY if part == "overhead" else 1
-                found[part] = compete(entries, rounds, steps, [kinds], apart=False)
+                # The record of every so many steps is part of the overhead.
+                found[part] = compete(entries, rounds, LOG_EVERY, [kinds], apart=False)
         for size in peer_lengths if "transformer" in parts else ():
             pair = ("bare", "transformer")
             entries = {k: Entry(k, shape, size, tokens // size, *options, folder) for k in pair}
@@ -183,8 +182,8 @@ def compete(
     *,
     apart: bool,
 ) -> dict[str, Any]:
-    """Seconds per training step of every contestant in every round of turns of `steps`, and the
-    median over the rounds of the ratio of each pair.
+    """Seconds per training step of every contestant in every round of `steps` turns, and the median
+    over the rounds of the ratio of each pair.
 
     They share a process, so that its luck with memory is everybody's, or live `apart`.
 
@@ -203,8 +202,8 @@ def compete(
             for name, entry in entries.items():
                 homes[name].submit(contestants.enter, name, *entry).result()
 
-            def turn(name: str, steps: int) -> tuple[float, float]:
-                return homes[name].submit(contestants.turn, name, steps).result()
+            def turn(name: str) -> tuple[float, float]:
+                return homes[name].submit(contestants.turn, name).result()
 
             found = measure(list(entries), turn, rounds, steps)
             for name, home in homes.items():
@@ -224,18 +223,24 @@ def compete(
 
 def measure(
     names: Sequence[str],
-    turn: Callable[[str, int], tuple[float, float]],
+    turn: Callable[[str], tuple[float, float]],
     rounds: int,
     steps: int,
 ) -> dict[str, dict[str, Any]]:
-    """Wall and CPU seconds by contestant, a round each, after a step that does not count."""
+    """Wall and CPU seconds by contestant, a list over the rounds of means over `steps` turns, after
+    a turn that does not count.
+    """
     for name in names:
-        turn(name, 1)
+        turn(name)
     found: dict[str, dict[str, Any]] = {name: {key: [] for key in SECONDS} for name in names}
     for number in range(rounds):
-        for name in names[:: -1 if number % 2 else 1]:
-            for key, seconds in zip(SECONDS, turn(name, steps), strict=True):
-                found[name][key].append(seconds)
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        for step in range(steps):
+            for name in names[:: -1 if (number + step) % 2 else 1]:
+                taken[name].append(turn(name))
+        for name, turns in taken.items():
+            for key, seconds in zip(SECONDS, zip(*turns, strict=True), strict=True):
+                found[name][key].append(statistics.fmean(seconds))
     return found
 
 

@@ -63,13 +63,12 @@ def enter(
     process.reset_peak()
 
 
-def turn(name: str, steps: int) -> tuple[float, float]:
-    """Wall and CPU seconds of a training step, mean of `steps`."""
+def turn(name: str) -> tuple[float, float]:
+    """Wall and CPU seconds of a training step."""
     run, _ = _steps[name]
     wall, cpu = perf_counter(), process_time()
-    for _ in range(steps):
-        run()
-    return (perf_counter() - wall) / steps, (process_time() - cpu) / steps
+    run()
+    return perf_counter() - wall, process_time() - cpu
 
 
 def facts(name: str) -> dict[str, int]:
