@@ -256,7 +256,7 @@ def test_two_processes_train_what_one_does(recipe: Recipe, tmp_path: Path) -> No
     assert main([path, *one_rank, *rules]) == 0
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     process = start(path, "--out", str(tmp_path / "two"), *rules, launcher=torchrun)
-    shown = process.communicate(timeout=120)[0]
+    shown = process.communicate(timeout=300)[0]
     assert process.returncode == 0, shown
     one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
     assert len(one) == len(two) == 4
