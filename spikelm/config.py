@@ -677,10 +677,6 @@ def _convert(hint: Any, value: object, path: str) -> Any:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{path}: expected a list, got {value!r}")
         return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{path}: expected keys and values, got {value!r}")
-        return {str(k): _convert(arguments[1], item, f"{path}.{k}") for k, item in value.items()}
     if hint is Any:
         return value
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):

@@ -402,16 +402,13 @@ def _bench_block(args: argparse.Namespace) -> int:
 
 
 def _bench_recompute(args: argparse.Namespace) -> int:
+    from spikelm.eval.length import parse_lengths
     from spikelm.eval.recompute import bench_recompute
     from spikelm.eval.tables import recompute_table
 
-    try:
-        vocabularies = [int(size) for size in args.vocab.split(",")]
-    except ValueError:
-        raise ConfigError(f"--vocab takes integers like 1024,32768, got '{args.vocab}'") from None
     report = bench_recompute(
         args.model,
-        vocabularies=vocabularies,
+        vocabularies=parse_lengths(args.vocab, "--vocab"),
         batch=args.batch,
         tokens=args.tokens,
         chunk=args.chunk,

@@ -103,12 +103,12 @@ def bench_length(
     }
 
 
-def parse_lengths(text: str) -> list[int]:
+def parse_lengths(text: str, option: str = "--lengths") -> list[int]:
     """The integers of "256,1024". Raises: ConfigError."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--lengths takes integers like 256,1024, got '{text}'") from None
+        raise ConfigError(f"{option} takes integers like 256,1024, got '{text}'") from None
 
 
 def text_ids(tokenizer: Tokenizer, length: int) -> list[int]:

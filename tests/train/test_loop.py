@@ -12,7 +12,7 @@ import torch
 
 from spikelm.errors import CheckpointError, ConfigError, SpikelmError
 from spikelm_train import loop, parallel
-from spikelm_train.checkpoints import find
+from spikelm_train.checkpoints import find, kept_steps
 from spikelm_train.config import TrainConfig, load_recipe
 from spikelm_train.data import make_batch
 from spikelm_train.loop import Trainer
@@ -236,3 +236,28 @@ def test_train_continues_after_an_interruption(
     assert "continuing after step 3" in parts.getvalue()
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_an_earlier_checkpoint_begins_another_way(
+    recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = load_recipe(str(recipe(save_every=2, keep_last=9)), ["steps=6"])
+    out = tmp_path / "run"
+    assert loop.train(config, out, fresh=False, stream=io.StringIO()) == 0
+    expected = (out / "model.safetensors").read_bytes()
+    left = out / "checkpoints" / "step-00000005.tmp"
+    left.mkdir()
+    seen: list[list[int]] = []
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            seen.append(kept_steps(out))
+            return super().write(text)
+
+    stream = Stream()
+    assert loop.train(config, out, fresh=False, stream=stream, step=2) == 0
+    assert "continuing after step 2" in stream.getvalue()
+    assert seen[0] == [2], "the later ones belong to another way"
+    assert (out / "model.safetensors").read_bytes() == expected
+    assert kept_steps(out) == [2, 4, 6]
+    assert not left.exists()

@@ -137,7 +137,8 @@ class Writer:
         assert self._writing is None
         staging = self._staging(position)
         if self.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
+            for killed in (self.out / FOLDER).glob("*.tmp"):
+                shutil.rmtree(killed, ignore_errors=True)
             (staging / SHARDS).mkdir(parents=True)
         self.wait()
         save_shards(staging / SHARDS)
@@ -156,17 +157,21 @@ class Writer:
         position, writing = self._writing
         self._writing = None
         staging, final = self._staging(position), step_folder(self.out, position.step)
-        try:
-            writing.result()
-        except (OSError, RuntimeError) as error:  # torch's writer has RuntimeErrors of its own
+        error = writing.exception()
+        if error is not None:
             shutil.rmtree(staging, ignore_errors=True)
+        # Before anything is raised, as the other processes wait here too.
+        self.wait()
+        if isinstance(error, OSError | RuntimeError):  # torch's writer has RuntimeErrors of its own
+            self.wait()
             kept = kept_steps(self.out)
             last = f"that of step {kept[-1]} is kept" if kept else "there is no earlier one"
             raise CheckpointError(
                 f"the checkpoint of step {position.step} could not be written "
                 f"({' '.join(str(error).split()):.200}); {last}"
             ) from None
-        self.wait()
+        if error is not None:
+            raise error
         if self.rank == 0 and staging.is_dir():
             if not any((staging / SHARDS).iterdir()):
                 (staging / SHARDS).rmdir()

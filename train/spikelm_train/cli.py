@@ -54,7 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--resume",
         default="auto",
         metavar="STEP",
-        help="continue from the checkpoint of this step (auto: the newest, if there is one)",
+        help="continue from the checkpoint of this step, later ones are deleted (auto: from the "
+        "newest, if there is one)",
     )
     parser.add_argument(
         "--shard",

@@ -97,6 +97,9 @@ def train(
             trainer = Trainer(config, out, corpus, accelerator, reporter, strategy, rows)
         if position:
             trainer.load(position)
+        if step is not None and is_main:
+            # The run goes another way from here on.
+            checkpoints.forget_after(out, step)
         return trainer.run(profile)
     finally:
         if reporter:
@@ -284,12 +287,13 @@ class Trainer:
             self.step += 1
             self._report_intervention(at, f"{what}; the step is left out")
             return
+        # First, as it may take the place of an older one.
+        self._finish_writing()
         earlier = [
             s for s in checkpoints.kept_steps(self.out) if s <= at - guard.config.rewind_steps
         ]
         if action == "stop" or not earlier:
             raise SpikelmError(self._diverged(at, what))
-        self._finish_writing()
         if self.accelerator.is_main_process:
             checkpoints.forget_after(self.out, earlier[-1])
         kept, seconds = guard.state_dict(), self._seconds_before

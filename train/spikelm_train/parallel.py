@@ -323,9 +323,13 @@ class Shards:
         return {}
 
     def save_shards(self, folder: Path) -> None:
+        from torch.distributed.checkpoint.api import CheckpointException
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        save(self._sharded(), checkpoint_id=folder)
+        try:
+            save(self._sharded(), checkpoint_id=folder)
+        except CheckpointException as error:
+            raise CheckpointError(f"{folder}: {' '.join(str(error).split()):.200}") from None
 
     def load(self, folder: Path, state: dict[str, Any]) -> None:
         from torch.distributed.checkpoint.api import CheckpointException
@@ -416,7 +420,7 @@ class Zero:
         return norm
 
     def drop(self) -> None:
-        raise NotImplementedError("a guard that leaves out leaping steps is refused above")
+        raise NotImplementedError("guard.spike, which would ask for it, is refused with DeepSpeed")
 
     def state(self) -> dict[str, Any]:
         if not self.accelerator.is_main_process:

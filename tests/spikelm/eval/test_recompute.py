@@ -53,7 +53,7 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vocab", "1k"], "--vocab takes integers like 1024,32768, got '1k'"),
+        (["--vocab", "1k"], "--vocab takes integers like 256,1024, got '1k'"),
         (["--vocab", "0"], "vocabulary 0: 0 given"),
         (["--chunk", "0"], "chunk: 0 given; allowed: an integer >= 1"),
         (["nowhere"], "no such file or preset"),
