@@ -26,20 +26,13 @@ from spikelm.models import coded
 from spikelm.models.grid import LEVELS
 from spikelm.models.layers import Linear
 from spikelm.models.spikelm import LanguageModel
-from spikelm.tokenizer import Tokenizer
+from spikelm.tokenizer import BASE_CHAT_TEMPLATE, CHAT_TEMPLATE, Tokenizer
 
 MODEL_TYPE = "spikelm"
 WEIGHTS = "model.safetensors"
 MANIFEST = "spikes.json"
 # transformers keeps the language model in the attribute `model` of its wrapper.
 PREFIX = "model."
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ message['role'] | capitalize }}: {{ message['content'] }}\n
-{% endfor -%}
-{%- if add_generation_prompt %}Assistant:{% endif -%}
-"""
 
 
 @dataclass(frozen=True)
@@ -116,8 +109,9 @@ def _write(
         # Rows of the head without a token; `generate.Engine` leaves them out by itself.
         generation["suppress_tokens"] = [*padding]
     _write_json(folder / "generation_config.json", generation)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     tokenizer.save(folder)
+    template = tokenizer.chat_template or BASE_CHAT_TEMPLATE
+    (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     # safetensors makes the file readable by its owner alone; a model is for all who see the folder.
     (folder / WEIGHTS).chmod((folder / "config.json").stat().st_mode)

@@ -1,8 +1,8 @@
 """Text in: the built-in corpus of Python's own documentation, local files, Hugging Face datasets.
 
 A document is one string: a module's docstrings, a documentation topic, a text file, the text of
-one row of a table. Text files also come in pieces, so that one may be larger than memory. Nothing
-here reaches a network unless a dataset name is asked for.
+one row of a table. Text files also come in pieces, so that one may be larger than memory. A table
+may hold conversations instead. Nothing here reaches a network unless a dataset name is asked for.
 """
 
 from __future__ import annotations
@@ -192,6 +192,19 @@ class Piece(NamedTuple):
 
     text: str
     begins: bool
+    turns: tuple[tuple[str, bool], ...] = ()
+    """Of a conversation the parts that `text` consists of, and whether each is an answer."""
+
+
+Messages = list[dict[str, str]]
+"""A conversation: `role` and `content` of its messages."""
+
+
+class Cell(NamedTuple):
+    """One row's entry in the column that is read."""
+
+    value: Any
+    where: str
 
 
 @dataclass
@@ -254,6 +267,54 @@ def read_pieces(
     return _read_all(found, text_key, streaming, limit, faults or Faults())
 
 
+def read_conversations(
+    sources: Sequence[str], *, key: str, faults: Faults | None = None
+) -> Iterator[tuple[Messages, str]]:
+    """The conversations in the field `key` of the sources' rows, and where each one is.
+
+    A source is what `read_documents` takes, but no text file. A conversation is a list of objects
+    with a `role` and a `content`; other fields are passed over. Those in which nobody answers count
+    as empty in `faults`.
+
+    Raises: as `read_documents`.
+    """
+    faults = faults or Faults()
+    found = [(source, _find_files(source)) for source in sources]
+    for file in (file for _, paths in found for file in paths or ()):
+        if _format(file) in TEXT_SUFFIXES:
+            raise DataError(f"{file} is a text file; conversations are rows of .jsonl or .parquet")
+    empty = True
+    for source, paths in found:
+        for path in _each(paths):
+            for value, where in _cells(source, path, key, True, faults):
+                try:
+                    messages = _messages(value, f"{where}: '{key}'")
+                except DataError as error:
+                    faults.found(error)
+                    continue
+                if any(message["role"] == "assistant" for message in messages):
+                    empty = False
+                    yield messages, where
+                else:
+                    faults.empty += 1
+    if empty:
+        raise DataError(f"no answers of an assistant in {', '.join(name for name, _ in found)}")
+
+
+def _messages(value: object, what: str) -> Messages:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(f"{what} must be a list of messages, got {type(value).__name__}")
+    return [_message(message, what) for message in value]
+
+
+def _message(message: object, what: str) -> dict[str, str]:
+    given = message if isinstance(message, Mapping) else {}
+    role, content = given.get("role"), given.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(f"{what} needs messages with a role and a content, got {message!r:.60}")
+    return {"role": role, "content": content}
+
+
 def _read_all(
     found: list[tuple[str, list[Path] | None]],
     text_key: str,
@@ -263,16 +324,34 @@ def _read_all(
 ) -> Iterator[Piece]:
     empty = True
     for source, paths in found:
-        if paths is None:
-            documents = _read_dataset(source, text_key, streaming, faults)
-        else:
-            documents = (text for path in paths for text in _read_file(path, text_key, faults))
-        for chunks in documents:
+        for chunks in _documents(source, paths, text_key, streaming, faults):
             for piece in in_pieces(chunks, limit, faults):
                 empty = False
                 yield piece
     if empty:
         raise DataError(f"no text in {', '.join(source for source, _ in found)}")
+
+
+def _documents(
+    source: str, paths: list[Path] | None, text_key: str, streaming: bool, faults: Faults
+) -> Iterator[Iterable[str]]:
+    """Each document in chunks."""
+    for path in _each(paths):
+        if path is not None and _format(path) in TEXT_SUFFIXES:
+            yield from _read_text(path, faults)
+            continue
+        for value, where in _cells(source, path, text_key, streaming, faults):
+            try:
+                text = _text_in(value, f"{where}: '{text_key}'")
+            except DataError as error:
+                faults.found(error)
+            else:
+                yield (text,)
+
+
+def _each(paths: list[Path] | None) -> Sequence[Path | None]:
+    """The files of a source; None is the dataset that it names."""
+    return [None] if paths is None else paths
 
 
 def in_pieces(
@@ -322,11 +401,11 @@ def _border(text: str, low: int, high: int) -> int:
 
 def _joined(pieces: Iterator[Piece]) -> Iterator[str]:
     held: list[str] = []
-    for text, begins in pieces:
-        if begins and held:
+    for piece in pieces:
+        if piece.begins and held:
             yield "".join(held)
             held.clear()
-        held.append(text)
+        held.append(piece.text)
     if held:
         yield "".join(held)
 
@@ -376,19 +455,27 @@ def _format(path: Path) -> str | None:
     return suffix[0] if suffix[0] in allowed else None
 
 
-def _read_file(path: Path, text_key: str, faults: Faults) -> Iterator[Iterable[str]]:
-    """The documents of a file, each in chunks."""
-    kind = _format(path)
+def _read_text(path: Path, faults: Faults) -> Iterator[Iterable[str]]:
     try:
-        if kind in TEXT_SUFFIXES:
-            if faults.skip:
-                for _ in _decoded(path):
-                    pass
-            yield _decoded(path)
-            return
-        read = _read_parquet if kind in TABLE_SUFFIXES else _read_json_lines
-        for text in read(path, text_key, faults):
-            yield (text,)
+        if faults.skip:
+            for _ in _decoded(path):
+                pass
+    except DataError as error:
+        faults.found(error)
+    else:
+        yield _decoded(path)
+
+
+def _cells(
+    source: str, path: Path | None, key: str, streaming: bool, faults: Faults
+) -> Iterator[Cell]:
+    """The column `key` of a table, or of the dataset `source`."""
+    if path is None:
+        yield from _read_dataset(source, key, streaming, faults)
+        return
+    read = _read_parquet if _format(path) in TABLE_SUFFIXES else _read_json_lines
+    try:
+        yield from read(path, key, faults)
     except DataError as error:
         faults.found(error)
 
@@ -428,51 +515,52 @@ def _open(path: Path) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(raw))
 
 
-def _read_json_lines(path: Path, text_key: str, faults: Faults) -> Iterator[str]:
+def _read_json_lines(path: Path, key: str, faults: Faults) -> Iterator[Cell]:
     with _reading(path), _open(path) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             try:
-                text = _text_of(json.loads(line), text_key, f"{path}:{number}")
+                cell = _cell(json.loads(line), key, f"{path}:{number}")
             except DataError as error:
                 faults.found(error)
             except (ValueError, RecursionError) as error:
                 faults.found(DataError(f"{path}:{number}: not JSON: {_one_line(error)}"))
             else:
-                yield text
+                yield cell
 
 
-def _text_of(row: object, text_key: str, where: str) -> str:
+def _cell(row: object, key: str, where: str) -> Cell:
     if not isinstance(row, Mapping):
-        raise DataError(f"{where}: expected an object with the key '{text_key}', got {row!r:.60}")
-    if text_key not in row:
-        raise DataError(f"{where}: no key '{text_key}'; keys present: {', '.join(map(str, row))}")
-    text = row[text_key]
+        raise DataError(f"{where}: expected an object with the key '{key}', got {row!r:.60}")
+    if key not in row:
+        raise DataError(f"{where}: no key '{key}'; keys present: {', '.join(map(str, row))}")
+    return Cell(row[key], where)
+
+
+def _text_in(value: object, what: str) -> str:
     # Tables have empty cells; they are documents without text.
-    if text is None:
+    if value is None:
         return ""
-    if not isinstance(text, str):
-        raise DataError(f"{where}: '{text_key}' must be text, got {type(text).__name__}")
-    return text
+    if not isinstance(value, str):
+        raise DataError(f"{what} must be text, got {type(value).__name__}")
+    return value
 
 
-def _read_parquet(path: Path, text_key: str, faults: Faults) -> Iterator[str]:
+def _read_parquet(path: Path, key: str, faults: Faults) -> Iterator[Cell]:
     parquet = _import("pyarrow.parquet")
     try:
         with _reading(path), parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
-            _text_of(dict.fromkeys(names), text_key, str(path))
-            for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+            _cell(dict.fromkeys(names), key, str(path))
+            for batch in table.iter_batches(batch_size=256, columns=[key]):
                 for row in batch.to_pylist():
-                    yield _text_of(row, text_key, str(path))
+                    yield _cell(row, key, str(path))
     except _import("pyarrow").ArrowException as error:
         raise DataError(f"cannot read {path}: {_one_line(error)}") from None
 
 
-def _read_dataset(
-    source: str, text_key: str, streaming: bool, faults: Faults
-) -> Iterator[Iterable[str]]:
+def _read_dataset(source: str, key: str, streaming: bool, faults: Faults) -> Iterator[Cell]:
     datasets = _import("datasets")
     name, config, split, *rest = [*source.split(":"), "", ""]
     if not name or any(rest):
@@ -484,11 +572,11 @@ def _read_dataset(
         )
         for number, row in enumerate(rows, 1):
             try:
-                text = _text_of(row, text_key, f"dataset {source}, row {number}")
+                cell = _cell(row, key, f"dataset {source}, row {number}")
             except DataError as error:
                 faults.found(error)
             else:
-                yield (text,)
+                yield cell
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -13,7 +13,7 @@ import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +43,14 @@ _KINDS: dict[str, type[BPE] | type[World] | type[Characters]] = {
 }
 FILES = (*(kind.file for kind in _KINDS.values()), CONFIG, SPECIAL_TOKENS_MAP)
 """The files that `Tokenizer.save` may write, besides a chat template."""
+
+BASE_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ message['role'] | capitalize }}: {{ message['content'] }}\n
+{% endfor -%}
+{%- if add_generation_prompt %}Assistant:{% endif -%}
+"""
+"""What conversations with a model look like where nothing else says so."""
 
 # Words with the space before them, single digits, punctuation, and line ends together with the
 # indentation that follows: 2.63 bytes per token on the built-in corpus at 1024 tokens, where
@@ -94,7 +102,7 @@ class Tokenizer:
     prompt_prefix: tuple[int, ...]
     """What goes before the ids of a prompt's text."""
     chat_template: str | None
-    """An imported model's own template (jinja)."""
+    """The template (jinja) of conversations, where the model has one of its own."""
     special_tokens: Mapping[str, str]
     """`bos_token` and `eos_token` as chat templates write them, where they exist."""
 
@@ -163,6 +171,11 @@ class Tokenizer:
         first = self.eos_id
         rules = Rules(first, first, self.stop_ids | {first}, (first,), resets=True)
         return Tokenizer(self._vocabulary, rules, self._companions)
+
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """The same ids, with `template` (jinja) for conversations."""
+        companions = replace(self._companions, chat_template=template)
+        return Tokenizer(self._vocabulary, self._rules, companions)
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -383,7 +396,8 @@ class Tokenizer:
         try:
             vocabulary = BPE(_text(path))
             _check_bytes(vocabulary)
-            tokenizer, kept = cls(vocabulary), vocabulary.lossless
+            companions = Companions({}, {}, _template_in(path.parent))
+            tokenizer, kept = cls(vocabulary, companions=companions), vocabulary.lossless
         except Exception as error:  # noqa: BLE001  (the library raises bare Exception)
             raise CheckpointError(f"{path} is corrupt: {_one_line(error)}") from None
         if not kept:
@@ -548,13 +562,13 @@ def _companions(folder: Path | None, config: dict[str, Any]) -> Companions:
         # Several by name, as transformers wrote them before 5.
         named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
-    if (folder / CHAT_TEMPLATE).exists():
-        template = _text(folder / CHAT_TEMPLATE)
-    return Companions(
-        config,
-        _optional(folder / SPECIAL_TOKENS_MAP),
-        template if isinstance(template, str) else None,
-    )
+    own = template if isinstance(template, str) else None
+    return Companions(config, _optional(folder / SPECIAL_TOKENS_MAP), _template_in(folder) or own)
+
+
+def _template_in(folder: Path) -> str | None:
+    path = folder / CHAT_TEMPLATE
+    return _text(path) if path.exists() else None
 
 
 def _read(path: Path, kind: Callable[[str], V]) -> V:

@@ -32,9 +32,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spikelm.errors import RequestError
 from spikelm.generate import Engine, prompt_ids
+from spikelm.template import ChatTemplate
 from spikelm_serve import schema
 from spikelm_serve.answer import Piece, Prompt, answer
-from spikelm_serve.template import ChatTemplate
 from spikelm_serve.wire import Wire, error_body, event
 from spikelm_serve.worker import Worker
 

@@ -36,8 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    from spikelm.template import ChatTemplate
     from spikelm_serve.conversation import Conversation
-    from spikelm_serve.template import ChatTemplate
 
     params = sampling_params(args)
     use_utf8()

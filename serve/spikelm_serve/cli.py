@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
     import uvicorn
 
     from spikelm.eval.inspect import describe_state
+    from spikelm.template import ChatTemplate
     from spikelm_serve.app import create_app
-    from spikelm_serve.template import ChatTemplate
 
     engine, _ = load_engine(args)
     checkpoint = engine.checkpoint

@@ -12,8 +12,8 @@ from collections.abc import Generator, Iterator, Sequence
 from spikelm.generate import Chunk, Engine, Generation, prompt_ids
 from spikelm.sampling import SamplingParams
 from spikelm.state import State
+from spikelm.template import ChatTemplate
 from spikelm_serve.answer import Meter, trimmed
-from spikelm_serve.template import ChatTemplate
 
 # An answer's end is trimmed: the state to go on from is a few tokens before the last one.
 KEPT_STATES = 16

@@ -14,7 +14,7 @@ import pytest
 
 from spikelm.generate import Engine, prompt_ids, stream_text
 from spikelm.sampling import SamplingParams
-from spikelm_serve.template import ChatTemplate
+from spikelm.template import ChatTemplate
 
 Serve = Callable[..., httpx.Client]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

@@ -13,9 +13,9 @@ import pytest
 
 from spikelm.errors import RequestError
 from spikelm.sampling import SamplingParams
+from spikelm.template import ChatTemplate
 from spikelm_serve.chat import HELP, main, talk
 from spikelm_serve.conversation import Conversation
-from spikelm_serve.template import ChatTemplate
 
 
 def session(

@@ -9,8 +9,8 @@ import torch
 
 from spikelm.generate import Engine, prompt_ids
 from spikelm.sampling import SamplingParams
+from spikelm.template import ChatTemplate
 from spikelm_serve.conversation import Conversation
-from spikelm_serve.template import ChatTemplate
 
 QUESTIONS = ["Hello", "What is a list?", "Na\u00efve?", "And then?"]
 

@@ -83,13 +83,14 @@ def text(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, text: Path) -> Callable[..., Path]:
-    """Writes the tiny recipe, with top-level keys replaced, and returns its path."""
+    """Writes the tiny recipe with top-level keys replaced, or left out (None); returns its path."""
 
     def write(**changes: Any) -> Path:
         data = {**RECIPE, **changes}
         data["data"] = {"sources": [str(text)], **data["data"]}
         path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(data))
+        given = {key: value for key, value in data.items() if value is not None}
+        path.write_text(yaml.safe_dump(given))
         return path
 
     return write
@@ -97,10 +98,12 @@ def recipe(tmp_path: Path, text: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def make(recipe: Callable[..., Path], tmp_path: Path) -> Callable[..., Trainer]:
-    """Builds a trainer of the tiny recipe with assignments, in `tmp_path`/<out>."""
+    """Builds a trainer of the tiny recipe, or the one at `path`, with assignments, in
+    `tmp_path`/<out>.
+    """
 
-    def build(*assignments: str, out: str = "out") -> Trainer:
-        config = load_recipe(str(recipe()), assignments)
+    def build(*assignments: str, out: str = "out", path: Path | None = None) -> Trainer:
+        config = load_recipe(str(path or recipe()), assignments)
         claim(tmp_path / out, config, fresh=False, num_processes=1)
         corpus = prepare(config, tmp_path / "data")
         return Trainer(config, tmp_path / out, corpus, make_accelerator(config), None)

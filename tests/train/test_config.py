@@ -106,7 +106,7 @@ def test_wsd_fractions_may_not_overlap() -> None:
 
 def test_recipe_without_model(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("steps: 3\n")
-    with pytest.raises(ConfigError, match="missing key 'model'"):
+    with pytest.raises(ConfigError, match="names no model; add --set model=PRESET"):
         load_recipe(str(tmp_path / "r.yaml"))
 
 

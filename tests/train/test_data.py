@@ -32,7 +32,7 @@ Recipe = Callable[..., Path]
 def documents(config: DataConfig) -> tuple[list[str], list[str]]:
     """Training and validation documents."""
     sides: dict[str, list[str]] = {"train": [], "validation": []}
-    for side, (text, begins) in Text(config).read("reading"):
+    for side, (text, begins, _) in Text(config).read("reading"):
         if begins:
             sides[side].append("")
         sides[side][-1] += text

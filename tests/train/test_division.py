@@ -20,7 +20,7 @@ def split(documents: Sequence[str], fraction: float) -> tuple[list[str], list[st
     division, held = divide(reader(documents), fraction), Held()
     assert division.num_bytes == sum(len(text.encode()) for text in documents)
     sides: dict[str, list[str]] = {"train": [], "validation": []}
-    for side, (text, begins) in division.split(reader(documents)(division.limit), held):
+    for side, (text, begins, _) in division.split(reader(documents)(division.limit), held):
         if begins:
             sides[side].append("")
         sides[side][-1] += text

@@ -17,6 +17,7 @@ from spikelm.config import (
     from_dict,
     load_yaml,
     override,
+    to_dict,
 )
 from spikelm.errors import ConfigError, did_you_mean
 
@@ -40,6 +41,8 @@ class TokenizerConfig:
     """A model folder, tokenizer.json, rwkv_vocab_*.txt, or what `spikelm data` wrote."""
     eos: str | None = None
     """The token of `path` that separates documents; null is the one that it ends texts with."""
+    chat_template: str | None = None
+    """A jinja file; null is the template beside `path`, else User: and Assistant: lines."""
     train_bytes: int | None = None
     """About how much of the training text bpe learns from, spread over it; null is all."""
     pad_to: int = 1
@@ -78,11 +81,15 @@ class SetConfig:
     """Folder that `spikelm data prepare` wrote."""
     sources: tuple[str, ...] = ()
     """Or files, globs and dataset names."""
+    messages_key: str | None = None
+    """The field of the sources' rows that holds a conversation; null: they hold text."""
 
     def __post_init__(self) -> None:
         _require(0 < self.weight < math.inf, "weight", self.weight, "a number > 0")
         if (self.prepared is not None) == bool(self.sources):
             raise ConfigError("a set of a mixture has either prepared or sources")
+        if self.messages_key is not None and not self.sources:
+            raise ConfigError(f"messages_key: {self.messages_key} given without sources")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +106,9 @@ class DataConfig:
     """What unreadable files and rows do: end the run, or be counted and left out."""
     text_key: str = "text"
     """The field of a table's row that holds the text."""
+    messages_key: str | None = None
+    """The field that holds a conversation, a list of `role` and `content`, instead: its answers
+    alone are learned, the rest is read. Null reads `text_key`."""
     max_documents: int | None = None
     """Stop reading `sources` after this many documents; null reads all."""
     max_bytes: int | None = None
@@ -122,6 +132,11 @@ class DataConfig:
             _require(value is None or value >= 1, name, value, "an integer >= 1, or null")
         if bool(self.sources) + (self.prepared is not None) + bool(self.mixture) > 1:
             raise ConfigError("give one of sources, prepared and mixture")
+        if self.messages_key is not None and not self.sources:
+            raise ConfigError(
+                f"messages_key: {self.messages_key} given without sources; the built-in corpus has "
+                "no conversations, prepared texts know theirs, and sets of a mixture have their own"
+            )
         if self.validation_sources and (self.prepared is not None or self.mixture):
             raise ConfigError("validation_sources: prepared texts and mixtures hold out their own")
 
@@ -314,7 +329,11 @@ class TrainConfig:
     """A complete run."""
 
     model: ModelConfig
-    """The model; in a recipe also the name of a preset in `configs/models/`."""
+    """The model; in a recipe also the name of a preset in `configs/models/`, and with `init` what
+    differs from that model."""
+    init: str | None = None
+    """Model folder whose weights the run begins with, and whose tokenizer it takes; null draws the
+    weights."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """Text to ids; the model's vocabulary follows it."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -453,13 +472,21 @@ def load_recipe(
     """A recipe by name or path, `key=value` assignments (from the model inwards) applied.
 
     `model:` may name a preset; the result holds its whole mapping, with the vocabulary of the
-    tokenizer unless it is given. `sources` replace `data.sources`.
+    tokenizer unless it is given. Of a recipe with `init` it is laid over that model's. `sources`
+    replace `data.sources`.
 
-    Raises: ConfigError naming the key and the way out.
+    Raises: ConfigError naming the key and the way out; CheckpointError for an `init` that is no
+    model folder.
     """
     data = load_yaml(find_config("train", name))
-    presets = [a for a in assignments if a.partition("=")[0] == "model"]
+    presets = [a for a in assignments if a.partition("=")[0] in ("model", "init")]
     data = override(data, presets)
+    rows = None
+    if isinstance(data.get("init"), str):
+        model = _model_in(Path(data["init"]))
+        rows = model["vocab_size"]
+        if isinstance(data.get("model"), dict | None):
+            data["model"] = _laid_over(model, data.get("model") or {})
     if isinstance(data.get("model"), str):
         data["model"] = load_yaml(find_config("models", data["model"]))
         # A preset's vocabulary belongs to the tokenizer it was published with.
@@ -468,18 +495,43 @@ def load_recipe(
     if sources:
         given = data.get("data") or {}
         data["data"] = {**given, "sources": list(sources)} if isinstance(given, dict) else given
-    data["tokenizer"] = _tokenizer(data)
+    data["tokenizer"] = _tokenizer(data, rows)
     if isinstance(data.get("model"), dict):
         tokenizer = from_dict(TokenizerConfig, data["tokenizer"], "tokenizer")
         data["model"].setdefault("vocab_size", tokenizer.num_rows)
+    if data.get("model") is None:
+        raise ConfigError(
+            f"{name} names no model; add --set model=PRESET for one with drawn weights, or --set "
+            "init=MODEL for a trained one"
+        )
     return from_dict(TrainConfig, data)
 
 
-def _tokenizer(data: Mapping[str, Any]) -> Any:
-    """The recipe's tokenizer: where it names none, that of a prepared text; with a file's size."""
+def _model_in(folder: Path) -> dict[str, Any]:
+    """The configuration of the model in `folder`, all fields."""
+    from spikelm.checkpoint import model_config_of, read_config
+
+    return to_dict(model_config_of(read_config(folder), folder))
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with the entries of `above`, mapping by mapping."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], Mapping) and isinstance(above[key], Mapping):
+            merged[key] = _laid_over(below[key], above[key])
+    return merged
+
+
+def _tokenizer(data: Mapping[str, Any], rows: int | None) -> Any:
+    """The recipe's tokenizer, with a file's size: where it names none, that of the model it begins
+    with, whose embedding has so many `rows`, or that of a prepared text.
+    """
     given = data.get("tokenizer") or {}
     if not isinstance(given, dict):
         return given
+    if rows is not None and "kind" not in given:
+        given = {"pad_to": rows, **given, "kind": "file", "path": data["init"]}
     text = from_dict(DataConfig, data.get("data") or {}, "data")
     folders = (text.prepared, *(part.prepared for part in text.mixture))
     prepared = next(filter(None, folders), None)

@@ -19,6 +19,7 @@ from spikelm.config import to_dict
 from spikelm.errors import ConfigError, DataError
 from spikelm.tokenizer import Tokenizer
 from spikelm_train.config import DataConfig, SetConfig, TokenizerConfig, TrainConfig
+from spikelm_train.objective import IGNORED
 from spikelm_train.samplers import (
     CarriedWindows,
     MixedLanes,
@@ -45,6 +46,8 @@ class Corpus:
     validation: Split
     sets: tuple[tuple[float, Split], ...] = ()
     """The training texts of a mixture and their weights."""
+    has_conversations: bool = False
+    """Whether some of its tokens are read but not learned."""
 
     @property
     def tokens_per_byte(self) -> float:
@@ -61,16 +64,18 @@ class Batch(NamedTuple):
     inputs: Tensor
     """int64"""
     targets: Tensor
-    """int64: the inputs' next tokens"""
+    """int64: the inputs' next tokens, IGNORED where they are not learned"""
     reset: Tensor
     """bool: tokens before which the state is forgotten"""
 
 
 def make_batch(rows: npt.NDArray[np.int64], eos_id: int) -> Batch:
-    """Rows of tokens [B, L + 1] as inputs, targets and document starts."""
-    tokens = torch.from_numpy(rows)
+    """Rows of tokens [B, L + 1] (`texts.shards`) as inputs, targets and document starts."""
+    stored = torch.from_numpy(rows)
+    tokens = torch.where(stored < 0, ~stored, stored)
+    targets = torch.where(stored < 0, IGNORED, stored)
     inputs = tokens[:, :-1]
-    return Batch(inputs, tokens[:, 1:], inputs == eos_id)
+    return Batch(inputs, targets[:, 1:], inputs == eos_id)
 
 
 def make_sampler(config: TrainConfig, corpus: Corpus, rows_per_step: int) -> Sampler:
@@ -129,7 +134,10 @@ def prepare(config: TrainConfig, folder: Path) -> Corpus:
             parts[folders[-1]] = open_prepared(folders[-1])
         else:
             folders.append(path)
-            texts[path] = Text(replace(data, sources=part.sources, mixture=()))
+            own_key = part.messages_key
+            texts[path] = Text(
+                replace(data, sources=part.sources, mixture=(), messages_key=own_key)
+            )
     _check_unchanged(folder, parts)
     tokenizer = _known_tokenizer(config.tokenizer, parts)
     cached = _reopen(config, list(texts), tokenizer)
@@ -147,6 +155,7 @@ def prepare(config: TrainConfig, folder: Path) -> Corpus:
         Split.join([part.train for part in found]),
         Split.join([part.validation for part in found]),
         tuple((weight, part.train) for weight, part in zip(weights, found, strict=False)),
+        any(np.dtype(part.meta["train"]["dtype"]).kind == "i" for part in found),
     )
 
 
@@ -221,7 +230,10 @@ def _reopen(
 def _key(config: TrainConfig, tokenizer: Tokenizer) -> str:
     """What the token files depend on."""
     data, kind = to_dict(config.data), to_dict(config.tokenizer)
-    sets = [(part["prepared"], part["sources"]) for part in data.pop("mixture")]
+    sets = [
+        (part["prepared"], part["sources"], *filter(None, [part["messages_key"]]))
+        for part in data.pop("mixture")
+    ]
     for name in ("sampling", "sequence_length", "prepared"):
         del data[name]
     for name in ("path", "eos", "pad_to"):
@@ -231,6 +243,11 @@ def _key(config: TrainConfig, tokenizer: Tokenizer) -> str:
         del data["on_error"]
     if kind["train_bytes"] is None:
         del kind["train_bytes"]
+    kind["chat_template"] = tokenizer.chat_template
+    if data["messages_key"] is None:
+        del data["messages_key"]
+        if all(part.messages_key is None for part in config.data.mixture):
+            del kind["chat_template"]
     return _digest([data, kind, tokenizer.fingerprint, *sets])
 
 

@@ -38,6 +38,7 @@ from spikelm.models.spikelm import LanguageModel, Layer
 from spikelm.tokenizer import Tokenizer
 from spikelm_train.config import DistillConfig
 from spikelm_train.data import Batch
+from spikelm_train.objective import IGNORED, mean_over
 
 
 class FeatureMap(nn.Module):
@@ -109,12 +110,17 @@ class Distillation:
         with self._recording(self.student) as self._ours:
             yield
 
-    def objective(self, cross_entropy: Tensor, logits: Tensor, batch: Batch) -> Tensor:
-        """The loss of logits [B, T, N] that came out of `watching` of `batch`."""
+    def objective(
+        self, cross_entropy: Tensor, logits: Tensor, batch: Batch, count: float | None = None
+    ) -> Tensor:
+        """The loss of logits [B, T, N] that came out of `watching` of `batch`; `count` as in
+        `objective.mean_over`.
+        """
         c = self.config
         with torch.no_grad(), self.autocast(), self._recording(self.teacher) as theirs:
             wanted, _ = self.teacher(batch.inputs, reset=batch.reset)
-        apart = divergence(logits, wanted, c.reverse, c.temperature)
+        nats = divergence(logits, wanted, c.reverse, c.temperature)
+        apart = mean_over(nats.masked_fill(batch.targets == IGNORED, 0.0), batch.targets, count)
         loss = (1 - c.weight) * cross_entropy + c.weight * apart
         self._sums[0] = self._sums[0].to(apart.device) + apart.detach()
         if c.features > 0:
@@ -192,14 +198,14 @@ def _norms(model: LanguageModel) -> list[nn.Module]:
 
 
 def divergence(logits: Tensor, wanted: Tensor, reverse: float, temperature: float) -> Tensor:
-    """D of the student's and the teacher's logits [B, T, N], mean over tokens, in float32."""
+    """D [B, T] of the student's and the teacher's logits [B, T, N], in float32."""
     q = F.log_softmax(logits.float() / temperature, -1)
     p = F.log_softmax(wanted.float() / temperature, -1)
     total = torch.zeros((), device=logits.device)
     if reverse < 1:
-        total = total + (1 - reverse) * (p.exp() * (p - q)).sum(-1).mean()
+        total = total + (1 - reverse) * (p.exp() * (p - q)).sum(-1)
     if reverse > 0:
-        total = total + reverse * (q.exp() * (q - p)).sum(-1).mean()
+        total = total + reverse * (q.exp() * (q - p)).sum(-1)
     return temperature**2 * total
 
 

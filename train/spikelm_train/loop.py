@@ -20,11 +20,12 @@ from spikelm_train.average import Average
 from spikelm_train.carried import CarriedState
 from spikelm_train.checkpoints import Position
 from spikelm_train.config import TrainConfig
-from spikelm_train.data import Corpus, make_sampler, prepare
+from spikelm_train.data import Batch, Corpus, make_sampler, prepare
 from spikelm_train.distill import Distillation
 from spikelm_train.guard import Guard
 from spikelm_train.hardware import Gauge
-from spikelm_train.objective import Objective
+from spikelm_train.initial import begin_with
+from spikelm_train.objective import IGNORED, Objective
 from spikelm_train.optim import lr_factor
 from spikelm_train.parallel import (
     Strategy,
@@ -136,6 +137,8 @@ class Trainer:
         self.reporter = reporter
         restore_random(None, config.seed, 0, accelerator.process_index)
         self.module = LanguageModel(config.model).initialise(config.seed)
+        if config.init is not None:
+            begin_with(self.module, Path(config.init))
         self.num_parameters = sum(p.numel() for p in self.module.parameters())
         self.module.recompute_layers = config.activation_checkpointing == "layers"
         self.average = Average(self.module, config.ema, accelerator.device)
@@ -314,15 +317,13 @@ class Trainer:
 
     def _accumulate(self, progress: float) -> float:
         """Gradients of the step's global batch; its mean loss in nats per token."""
-        size, parts = self.config.micro_batch_size, self.config.grad_accum_steps
-        accelerator = self.accelerator
+        parts, accelerator = self.config.grad_accum_steps, self.accelerator
         total = torch.zeros((), device=accelerator.device)
-        for part in range(parts):
-            start = (part * accelerator.num_processes + accelerator.process_index) * size
-            rows = self.sampler.rows(self.step + self.guard.data_steps, start, start + size)
-            lanes = range(start, start + size)
+        batches = [self._batch(part) for part in range(parts)]
+        count = self._count(batches)
+        for part, batch in enumerate(batches):
+            lanes = self._lanes(part)
             state = self.carried.take(lanes) if self.carried else None
-            batch = to_batch(rows, self.corpus.tokenizer.eos_id, accelerator.device)
             with self.parallel.accumulating(last=part == parts - 1):
                 balance: list[torch.Tensor] = []
                 taught = self.distillation
@@ -337,8 +338,8 @@ class Trainer:
                     )
                 if self.carried:
                     self.carried.put(lanes, state)
-                loss, more_terms = self.objective.terms(output, batch.targets)
-                learned = taught.objective(loss, output, batch) if taught else loss
+                loss, more_terms = self.objective.terms(output, batch.targets, count)
+                learned = taught.objective(loss, output, batch, count) if taught else loss
                 objective = sum([*balance, *more_terms], start=learned)
                 if self.silence.penalise:
                     weight = self.config.l1_hidden * ramp(progress, L1_RAMP)
@@ -346,6 +347,28 @@ class Trainer:
                 self.parallel.backward(objective / parts)
             total += loss.detach() / parts
         return float(accelerator.reduce(total, "mean"))
+
+    def _lanes(self, part: int) -> range:
+        """The rows of the step's global batch that this process's forward number `part` takes."""
+        size = self.config.micro_batch_size
+        start = (part * self.accelerator.num_processes + self.accelerator.process_index) * size
+        return range(start, start + size)
+
+    def _batch(self, part: int) -> Batch:
+        lanes = self._lanes(part)
+        rows = self.sampler.rows(self.step + self.guard.data_steps, lanes.start, lanes.stop)
+        return to_batch(rows, self.corpus.tokenizer.eos_id, self.accelerator.device)
+
+    def _count(self, batches: list[Batch]) -> float | None:
+        """What a forward's sums are divided by so that the mean over all forwards, of all
+        processes, is that over the step's learned tokens; None where all tokens are.
+        """
+        if not self.corpus.has_conversations:
+            return None
+        learned = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
+        every = int(self.accelerator.reduce(learned, "sum"))
+        forwards: int = len(batches) * self.accelerator.num_processes
+        return max(1, every) / forwards
 
     def _measured(self) -> dict[str, float]:
         """The last step's terms of the loss beside the cross-entropy."""

@@ -16,18 +16,34 @@ from torch.nn import functional as F
 
 from spikelm.kernels.precision import widen
 
+IGNORED = -100
+"""The target of a token that is not learned."""
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Nats per token [B T] of logits [B, T, N] against targets [B, T], in float32 at least."""
-    return F.cross_entropy(widen(logits).flatten(0, 1), targets.flatten(), reduction="none")
+    """Nats per token [B T] of logits [B, T, N] against targets [B, T], in float32 at least; 0 where
+    the target is IGNORED.
+    """
+    return F.cross_entropy(
+        widen(logits).flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED
+    )
 
 
 def log_z(logits: Tensor, targets: Tensor, nats: Tensor) -> Tensor:
     """log Z of each token [B T], given its cross-entropy; takes no memory of the vocabulary's size.
 
-    As -log p = log Z - logit, so in the gradients too.
+    As -log p = log Z - logit, so in the gradients too. 0 where the target is IGNORED.
     """
-    return nats + widen(logits.gather(-1, targets[..., None])).flatten()
+    of_target = widen(logits.gather(-1, targets.clamp(min=0)[..., None])).flatten()
+    return nats + of_target.masked_fill(targets.flatten() == IGNORED, 0.0)
+
+
+def mean_over(values: Tensor, targets: Tensor, count: float | None = None) -> Tensor:
+    """The sum of per-token `values` [B T] over the learned targets [B, T], over `count`.
+
+    Without `count` it is the number of the targets. Values of IGNORED targets are to be 0.
+    """
+    return values.sum() / (targets.numel() if count is None else count)
 
 
 class Objective:
@@ -58,13 +74,15 @@ class Objective:
         """Cross-entropy of each token [B T]."""
         return self._of(output, targets)[..., 0].flatten()
 
-    def terms(self, output: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Mean cross-entropy, and the terms that are added to it."""
+    def terms(
+        self, output: Tensor, targets: Tensor, count: float | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Mean cross-entropy, and the terms that are added to it; `count` as in `mean_over`."""
         losses = self._of(output, targets)
-        loss = losses[..., 0].mean()
+        loss = mean_over(losses[..., 0], targets, count)
         if not self.z_weight:
             return loss, []
-        z = self.z_weight * losses[..., 1].square().mean()
+        z = self.z_weight * mean_over(losses[..., 1].square(), targets, count)
         self._z = self._z.to(z.device) + z.detach()
         return loss, [z]
 

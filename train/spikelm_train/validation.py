@@ -16,7 +16,7 @@ from spikelm.sampling import SamplingParams
 from spikelm.tokenizer import Tokenizer
 from spikelm_train.config import TrainConfig
 from spikelm_train.data import Batch, Corpus, make_batch, validation_rows
-from spikelm_train.objective import Objective
+from spikelm_train.objective import IGNORED, Objective
 
 
 def to_batch(rows: Any, eos_id: int, device: torch.device) -> Batch:
@@ -35,7 +35,8 @@ def validation_sums(
 ) -> Tensor:
     """This rank's share of the held-out text: nats, tokens and bytes [3], float64.
 
-    Separators are read but not predicted, so bytes are exactly those of the predicted tokens.
+    Separators, and what is not an answer in conversations, are read but not predicted, so bytes are
+    exactly those of the predicted tokens.
     Every window starts from an empty state, as in training.
     """
     tokenizer, size = corpus.tokenizer, config.micro_batch_size
@@ -53,9 +54,9 @@ def validation_sums(
         output, _ = model(batch.inputs, reset=batch.reset, **objective.options(batch.targets))
         if start >= len(rows):
             break
-        text = batch.targets != tokenizer.eos_id
+        text = (batch.targets != tokenizer.eos_id) & (batch.targets != IGNORED)
         nats = objective.nats(output, batch.targets)[text.flatten()].double().sum()
-        num_bytes = len(tokenizer.decode_bytes(batch.targets.flatten().tolist()))
+        num_bytes = len(tokenizer.decode_bytes(batch.targets[text].tolist()))
         sums += torch.stack([nats, text.sum().double(), nats.new_tensor(num_bytes)])
     return sums
 

@@ -69,6 +69,17 @@ def _add_text(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         "--text-key", default=data.text_key, metavar="KEY", help="text of a table (%(default)s)"
     )
+    parser.add_argument(
+        "--messages-key",
+        metavar="KEY",
+        help="conversations of a table, lists of role and content, instead of texts: their answers "
+        "alone are learned",
+    )
+    parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="jinja template of conversations (the tokenizer's, else User: and Assistant: lines)",
+    )
     parser.add_argument("--max-documents", type=int, metavar="N", help="read no more documents")
     parser.add_argument("--max-bytes", type=int, metavar="N", help="read no more text")
     held_out = parser.add_mutually_exclusive_group()
@@ -140,6 +151,7 @@ def _data(args: argparse.Namespace) -> DataConfig:
     return DataConfig(
         sources=tuple(args.sources),
         text_key=args.text_key,
+        messages_key=args.messages_key,
         max_documents=args.max_documents,
         max_bytes=args.max_bytes,
         validation_fraction=args.validation_fraction,
@@ -150,7 +162,8 @@ def _data(args: argparse.Namespace) -> DataConfig:
 
 def _tokenizer(args: argparse.Namespace) -> TokenizerConfig:
     kind: Any = getattr(args, "tokenizer", "bpe")
-    given: dict[str, Any] = {"train_bytes": args.train_bytes}
+    template = args.chat_template
+    given: dict[str, Any] = {"train_bytes": args.train_bytes, "chat_template": template}
     if args.vocab_size is not None:
         given["vocab_size"] = args.vocab_size
     if kind in ("bpe", "bytes"):
@@ -160,4 +173,6 @@ def _tokenizer(args: argparse.Namespace) -> TokenizerConfig:
     from spikelm.tokenizer import Tokenizer
 
     size = Tokenizer.from_file(Path(kind), eos=args.eos).vocab_size
-    return TokenizerConfig(kind="file", path=kind, eos=args.eos, vocab_size=size)
+    return TokenizerConfig(
+        kind="file", path=kind, eos=args.eos, vocab_size=size, chat_template=template
+    )

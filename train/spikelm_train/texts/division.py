@@ -84,13 +84,13 @@ class Division:
     def split(self, pieces: Iterable[Piece], held: Held) -> Iterator[tuple[Side, Piece]]:
         """Each piece with its side; neighbours on one side stay one document."""
         before: Side | None = None
-        for text, begins in pieces:
-            side: Side = "validation" if _bucket(text) <= self.last else "train"
-            if side == "validation" and not held.add(text):
+        for piece in pieces:
+            side: Side = "validation" if _bucket(piece.text) <= self.last else "train"
+            if side == "validation" and not held.add(piece.text):
                 held.duplicates += 1
                 before = None
                 continue
-            yield side, Piece(text, begins or side != before)
+            yield side, piece._replace(begins=piece.begins or side != before)
             before = side
 
 
@@ -105,9 +105,9 @@ def divide(read: Callable[[int], Iterable[Piece]], fraction: float) -> Division:
     limit, total = BLOCK_CHARACTERS, 0
     for _ in range(2):
         sizes, num_bytes = np.zeros(BUCKETS, np.int64), 0
-        for text, _ in read(limit):
-            sizes[_bucket(text)] += len(text)
-            num_bytes += utf8_size(text)
+        for piece in read(limit):
+            sizes[_bucket(piece.text)] += len(piece.text)
+            num_bytes += utf8_size(piece.text)
         held = np.cumsum(sizes)
         total = int(held[-1])
         last = int(np.searchsorted(held, fraction * total))

@@ -33,12 +33,13 @@ from spikelm.corpus import (
     Piece,
     builtin_documents,
     in_pieces,
+    read_conversations,
     read_pieces,
 )
 from spikelm.doctor import usable_cores
-from spikelm.errors import ConfigError, DataError
+from spikelm.errors import ConfigError, DataError, MissingExtraError, RequestError
 from spikelm.folders import staged
-from spikelm.tokenizer import Tokenizer
+from spikelm.tokenizer import BASE_CHAT_TEMPLATE, Tokenizer
 from spikelm_train.config import DataConfig, TokenizerConfig
 from spikelm_train.texts.division import Division, Held, digest, divide, shown, utf8_size
 from spikelm_train.texts.shards import (
@@ -74,6 +75,8 @@ class Text:
 
     def __init__(self, data: DataConfig) -> None:
         self.data = data
+        self.tokenizer: Tokenizer | None = None
+        """Whose chat template conversations are written in, once it is known."""
         self._division: Division | None = None
         self._begin()
 
@@ -144,7 +147,25 @@ class Text:
         return _metered(_limited(self._sources(data.sources, limit), data), doing, total)
 
     def _sources(self, sources: tuple[str, ...], limit: int = BLOCK_CHARACTERS) -> Iterator[Piece]:
+        if self.data.messages_key is not None:
+            return self._conversations(sources, self.data.messages_key)
         return read_pieces(sources, text_key=self.data.text_key, limit=limit, faults=self.faults)
+
+    def _conversations(self, sources: tuple[str, ...], key: str) -> Iterator[Piece]:
+        """Each as one piece, as the answers in it would be cut from their questions."""
+        try:
+            from spikelm.template import ChatTemplate
+        except ImportError:
+            raise MissingExtraError("jinja2", "train") from None
+        given = self.tokenizer and self.tokenizer.chat_template
+        template = ChatTemplate(given or BASE_CHAT_TEMPLATE, self.tokenizer)
+        for messages, where in read_conversations(sources, key=key, faults=self.faults):
+            try:
+                turns = tuple(template.turns(messages))
+            except RequestError as error:
+                self.faults.found(DataError(f"{where}: {error}"))
+            else:
+                yield Piece("".join(text for text, _ in turns), True, turns)
 
 
 def _builtin(side: Side) -> Iterator[Piece]:
@@ -177,6 +198,16 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[Text]) -> Tokenizer:
     Raises: ConfigError for a vocabulary that the text does not fill, or that differs from the
     file's; CheckpointError for a file that holds no tokenizer.
     """
+    tokenizer = _vocabulary(config, texts)
+    if config.chat_template is None:
+        return tokenizer
+    try:
+        return tokenizer.with_chat_template(Path(config.chat_template).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tokenizer.chat_template: cannot read it: {error}") from None
+
+
+def _vocabulary(config: TokenizerConfig, texts: Sequence[Text]) -> Tokenizer:
     if config.kind == "bytes":
         return Tokenizer.bytes()
     if config.path is not None:
@@ -228,13 +259,16 @@ def write_text(
 
     Raises: DataError as `Text.read` does, and if `folder` cannot be written; it is unchanged then.
     """
-    size = tokenizer.vocab_size
+    size, signed = tokenizer.vocab_size, text.data.messages_key is not None
+    text.tokenizer = tokenizer
     meters = {side: _Meter() for side in SIDES}
     with _written_whole(folder):
         with staged(folder) as staging, ExitStack() as stack:
             tokenizer.save(staging / TOKENIZER)
             writers = {
-                side: stack.enter_context(closing(Writer(staging, side, size, shard_tokens)))
+                side: stack.enter_context(
+                    closing(Writer(staging, side, size, shard_tokens, signed=signed))
+                )
                 for side in SIDES
             }
             tasks = _tasks(meters[side].see(side, piece) for side, piece in text.read("encoding"))
@@ -356,9 +390,13 @@ def _encode(tokenizer: Tokenizer, task: Task) -> Encoded:
     side, pieces = task
     ids: list[int] = []
     starts: list[int] = []
-    for text, begins in pieces:
+    for text, begins, turns in pieces:
         if begins:
             starts.append(len(ids))
             ids.append(tokenizer.eos_id)
-        ids += tokenizer.encode(text, continues=not begins)
-    return side, np.array(ids, np.uint32), np.array(starts, np.int64)
+        if not turns:
+            ids += tokenizer.encode(text, continues=not begins)
+        for index, (part, answer) in enumerate(turns):
+            found = tokenizer.encode(part, special=True, continues=index > 0)
+            ids += found if answer else [~token for token in found]
+    return side, np.array(ids, np.int64), np.array(starts, np.int64)

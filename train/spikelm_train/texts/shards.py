@@ -4,6 +4,9 @@ meta.json                             written last: the rest is complete
 tokenizer/
 train-00000.bin ...  train.starts     ids; int64 index of every document's first id
 validation-00000.bin ...  validation.starts
+
+Of conversations the answers alone are learned: a token that is read but not predicted is stored as
+its complement ~id, a negative number.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ SIDES: tuple[Side, ...] = ("train", "validation")
 SHARD_TOKENS = 1 << 28
 STARTS_DTYPE = np.dtype("<i8")
 
-Ids = npt.NDArray[np.unsignedinteger[Any]]
+Ids = npt.NDArray[np.integer[Any]]
 
 
 class Tokens(Protocol):
@@ -106,9 +109,12 @@ class Prepared:
 class Writer:
     """Writes one side of a text into `folder`."""
 
-    def __init__(self, folder: Path, side: str, vocab_size: int, shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, side: str, vocab_size: int, shard_tokens: int, *, signed: bool = False
+    ) -> None:
         self.folder, self.side, self.shard_tokens = folder, side, shard_tokens
-        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        kinds = ("<i2", "<i4") if signed else ("<u2", "<u4")
+        self.dtype = np.dtype(kinds[vocab_size > np.iinfo(kinds[0]).max + 1])
         self.num_tokens = self.num_documents = 0
         self._shards: list[_File] = []
         self._starts = _File(folder / f"{side}.starts")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from spikelm.errors import CheckpointError, RequestError
+from spikelm.template import ChatTemplate
 from spikelm.tokenizer import EOS, Tokenizer
-from spikelm_serve.template import ChatTemplate
 
 TALK = [
     {"role": "user", "content": "Hello"},
@@ -35,12 +35,12 @@ def test_default_is_prefix_stable() -> None:
     assert template.render(TALK).startswith(template.render(TALK[:1]))
 
 
-def test_same_text_as_transformers(tiny_folder: Path) -> None:
+def test_same_text_as_transformers(float_folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer = AutoTokenizer.from_pretrained(float_folder)
     expected = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
-    assert ChatTemplate.load(tiny_folder).render(TALK) == expected
+    assert ChatTemplate.load(float_folder).render(TALK) == expected
 
 
 def test_own_template_of_a_folder(tmp_path: Path) -> None:

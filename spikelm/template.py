@@ -6,7 +6,7 @@ A template comes with the model's files, so it runs in jinja's sandbox and its o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,9 +15,8 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from spikelm.checkpoint import CHAT_TEMPLATE
 from spikelm.errors import CheckpointError, RequestError
-from spikelm.tokenizer import EOS, Tokenizer
+from spikelm.tokenizer import BASE_CHAT_TEMPLATE, CHAT_TEMPLATE, EOS, Tokenizer
 
 MAX_CHARACTERS = 8_000_000
 
@@ -28,7 +27,9 @@ class ChatTemplate:
     stop: tuple[str, ...]
     """Strings that end an answer, besides the end-of-document token."""
 
-    def __init__(self, source: str = CHAT_TEMPLATE, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, source: str = BASE_CHAT_TEMPLATE, tokenizer: Tokenizer | None = None
+    ) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
@@ -45,7 +46,7 @@ class ChatTemplate:
         self._names |= own if tokenizer is None else tokenizer.special_tokens
         self._tokenizer = tokenizer
         # A base model knows no turns: left alone it would go on and write the user's next one.
-        self.stop = ("\nUser:",) if source.strip() == CHAT_TEMPLATE.strip() else ()
+        self.stop = ("\nUser:",) if source.strip() == BASE_CHAT_TEMPLATE.strip() else ()
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer | None = None) -> ChatTemplate:
@@ -53,7 +54,7 @@ class ChatTemplate:
 
         With the folder's tokenizer, the special tokens are its own.
         """
-        path = folder / "chat_template.jinja"
+        path = folder / CHAT_TEMPLATE
         try:
             return cls(path.read_text(encoding="utf-8"), tokenizer)
         except FileNotFoundError:
@@ -86,6 +87,32 @@ class ChatTemplate:
         except Exception as error:  # noqa: BLE001  (a template can raise anything)
             _raise(str(error))
         return "".join(pieces)
+
+    def turns(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[str, bool]]:
+        """The conversation up to its last answer, cut into parts, and whether each is an answer.
+
+        An answer is what a model writes when it is its turn, up to what ends the turn: what the
+        template puts behind its content, or `stop` where nothing follows but that. Joined, the
+        parts are the text that `render` gives.
+
+        Raises: RequestError if the template refuses the conversation, or writes something else at
+        the beginning of a conversation once there is more of it.
+        """
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        text = self.render(messages[: answers[-1] + 1], add_generation_prompt=False)
+        parts, done = [], 0
+        for i in answers:
+            before = self.render(messages[:i])
+            after = self.render(messages[: i + 1], add_generation_prompt=False)
+            if not (text.startswith(after) and after.startswith(before) and len(before) >= done):
+                _raise("it changes the beginning of a conversation when there is more of it")
+            end = len(after)
+            for stop in self.stop:
+                at = text.find(stop, max(len(before), end - len(stop)), end + len(stop))
+                end = max(end, at + len(stop)) if at >= 0 else end
+            parts += [(text[done : len(before)], False), (text[len(before) : end], True)]
+            done = end
+        return parts
 
     def _marked(self, message: Mapping[str, str]) -> dict[str, str]:
         if self._tokenizer is None:

@@ -1,0 +1,117 @@
+"""Stages: a run that begins with the model of another one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikelm import checkpoint
+from spikelm.conversion.convert import convert
+from spikelm.errors import CheckpointError, ConfigError
+from spikelm_train.cli import main
+from spikelm_train.config import load_recipe
+from spikelm_train.loop import Trainer
+from spikelm_train.report import read_metrics
+
+Make = Callable[..., Trainer]
+Recipe = Callable[..., Path]
+
+
+@pytest.fixture
+def begun(make: Make, tmp_path: Path) -> Path:
+    """A model after twenty steps, with three rows of its vocabulary unused."""
+    trainer = make("tokenizer.pad_to=10", out="first")
+    for _ in range(20):
+        trainer.advance(0.0)
+    trainer.export(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def stage(recipe: Recipe) -> Path:
+    """The tiny recipe without model or tokenizer."""
+    return recipe(model=None, tokenizer=None)
+
+
+def test_it_goes_on_with_model_and_tokenizer(begun: Path, stage: Path, make: Make) -> None:
+    config = load_recipe(str(stage), [f"init={begun}"])
+    first = checkpoint.load(begun)
+    assert config.model == first.model.config
+    assert config.model.vocab_size == 260
+    trainer = make(f"init={begun}", path=stage)
+    assert trainer.corpus.tokenizer.fingerprint == first.tokenizer.fingerprint
+    torch.testing.assert_close(trainer.module.state_dict(), first.model.state_dict())
+    loss = trainer.validate()[0]
+    for _ in range(20):
+        trainer.advance(0.0)
+    assert trainer.validate()[0] < loss < 5.0
+
+
+def test_what_differs_is_laid_over_it(begun: Path, stage: Path, make: Make) -> None:
+    neurons = "{kind: integer, k: 3.0, dead_zone: 0.25, learn: dead_zone}"
+    trainer = make(
+        f"init={begun}",
+        f"model.neurons.mixer_output={neurons}",
+        "model.neurons.ffn_hidden.target_silence=0.7",
+        "model.weights.bits=8",
+        path=stage,
+    )
+    config, theirs = trainer.module.config, checkpoint.load(begun).model
+    assert config.neurons.ffn_hidden.target_silence == 0.7
+    assert config.neurons.ffn_hidden.unsigned
+    assert config.width == theirs.config.width
+    ours = trainer.module.state_dict()
+    begun_as_configured = [n for n in ours if n not in theirs.state_dict() and "neuron" in n]
+    assert any(n.endswith("dead_zone") and (ours[n] == 0.25).all() for n in begun_as_configured)
+    shared = [name for name in theirs.state_dict() if name.endswith("linear.weight")]
+    assert shared
+    for name in shared:
+        assert torch.equal(ours[name], theirs.state_dict()[name])
+    trainer.advance(0.0)
+
+
+def test_a_preset_takes_the_weights_where_they_fit(begun: Path, stage: Path, make: Make) -> None:
+    with pytest.raises(ConfigError, match=r"init: .* in this recipe's model; leave model out"):
+        make(f"init={begun}", "model.width=64", path=stage)
+    with pytest.raises(ConfigError, match=r"lacks layers\.2\."):
+        make(f"init={begun}", "model.mixers=[delta, window, delta]", path=stage)
+    with pytest.raises(ConfigError, match=r"has, but this recipe's model lacks, layers\.1\."):
+        make(f"init={begun}", "model.mixers=[delta]", path=stage)
+
+
+def test_what_cannot_be_begun_with(begun: Path, stage: Path, make: Make, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model folder at"):
+        load_recipe(str(stage), ["init=missing"])
+    convert(begun, tmp_path / "coded", torch.zeros(1, 8, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="is spike-coded, its weights are integers"):
+        make(f"init={tmp_path / 'coded'}", path=stage)
+    with pytest.raises(ConfigError, match=r"--set model=PRESET.*--set init=MODEL"):
+        load_recipe(str(stage))
+
+
+def test_stages_one_after_the_other(recipe: Recipe, tmp_path: Path) -> None:
+    dialogues = tmp_path / "talks.jsonl"
+    rows = [
+        [
+            {"role": "user", "content": f"Where is cat {i}?"},
+            {"role": "assistant", "content": f"On mat {i % 7}."},
+        ]
+        for i in range(40)
+    ]
+    dialogues.write_text("".join(json.dumps({"messages": m}) + "\n" for m in rows))
+    first, longer, chat = (str(tmp_path / name) for name in ("first", "longer", "chat"))
+    assert main([str(recipe()), "--out", first]) == 0
+    path = str(recipe(model=None, tokenizer=None))
+    length = ["--set", "data.sequence_length=128", "--set", "micro_batch_size=1"]
+    assert main([path, "--out", longer, "--set", f"init={first}", *length]) == 0
+    talks = ["--data", str(dialogues), "--set", "data.messages_key=messages"]
+    assert main([path, "--out", chat, "--set", f"init={longer}", *talks, "--set", "steps=30"]) == 0
+    losses = [record["loss"] for record in read_metrics(Path(chat)) if "loss" in record]
+    assert losses[-1] < 0.5 * losses[0]
+    assert main([path, "--out", chat, "--set", f"init={longer}", *talks, "--set", "steps=30"]) == 0
+    with pytest.raises(ConfigError, match="holds a run of another recipe"):
+        main([path, "--out", chat, "--set", f"init={first}", *talks, "--set", "steps=30"])
