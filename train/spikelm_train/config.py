@@ -325,6 +325,23 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraConfig:
+    """Small matrices to train instead of the weights; `spikelm_train.lora` has the formula."""
+
+    rank: int = 0
+    """Rank of what is added to the weights; 0 trains the weights."""
+    alpha: float = 16.0
+    """What is added counts alpha / rank times."""
+    targets: tuple[str, ...] = ("layers.*",)
+    """Patterns of the projections' names, such as `*.ffn.*` or `head`."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "rank", self.rank, "an integer >= 0")
+        _require(self.alpha > 0, "alpha", self.alpha, "a number > 0")
+        _require(bool(self.targets), "targets", list(self.targets), "at least one pattern")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """A complete run."""
 
@@ -375,6 +392,8 @@ class TrainConfig:
     """Share of the run after which the weights named in `model.weights` are rounded."""
     distill: DistillConfig = field(default_factory=DistillConfig)
     """A trained model to learn from."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adaptation of the model in `init`."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What to do about a loss that is not finite, or leaps."""
     log_every: int = 10
@@ -444,6 +463,8 @@ class TrainConfig:
                 raise ConfigError(f"data.sampling: carried; the state of {growing[0]} layers grows")
             if self.distill.teacher is not None:
                 raise ConfigError("data.sampling: carried; a teacher sees one window alone")
+        if self.lora.rank:
+            self._check_lora()
         if self.distill.features > 0 and self.model.sink_embeddings:
             raise ConfigError("distill.features needs a model without sink_embeddings")
         seconds = self.max_seconds
@@ -459,6 +480,14 @@ class TrainConfig:
                     f"model.neurons.{spec.name}.dead_zone: 0 given; allowed: > 0 where "
                     "target_silence is set (it is steered by factors), for example 0.5"
                 )
+
+    def _check_lora(self) -> None:
+        if self.init is None:
+            raise ConfigError("lora adapts a trained model; name its folder in init")
+        if self.model.weights.bits is not None or self.model.weights.bits_of:
+            raise ConfigError("lora: weights that are rounded in training cannot be adapted too")
+        if self.ema is not None:
+            raise ConfigError("lora: ema averages whole weights; leave one of the two out")
 
     def progress(self, steps: float, seconds: float) -> float:
         """How much of the run is over, 0 to 1, after `steps` and `seconds`."""

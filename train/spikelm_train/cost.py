@@ -26,6 +26,7 @@ from spikelm.eval.inspect import describe_state
 from spikelm.models.layers import Context, reset_parameters
 from spikelm.models.spikelm import LanguageModel, Layer
 from spikelm_train.config import TrainConfig
+from spikelm_train.lora import num_trained
 
 PROBED = 256, 512
 """Tokens of the two sequences a layer is run on: the longest chunk, and twice that."""
@@ -174,9 +175,7 @@ def memory_by_category(
     Two moments per trained parameter; three copies of the logits (cross-entropy and its gradient);
     `process`: what Python and its libraries hold already.
     """
-    model = meta_model(config.model)
-    weights = sum(p.nbytes for p in model.parameters())
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    weights, trained = _weight_bytes(config)
     tokens = config.micro_batch_size * config.data.sequence_length
     kept = [
         tokens * layers[kind].saved_bytes + layers[kind].fixed_bytes for kind in config.model.mixers
@@ -213,9 +212,18 @@ def _teacher(config: TrainConfig) -> ModelConfig:
 
 def least_bytes(config: TrainConfig) -> int:
     """Weights, gradients and moments alone: needs no device to count."""
-    return sum(
-        p.nbytes * (4 if p.requires_grad else 1) for p in meta_model(config.model).parameters()
-    )
+    weights, trained = _weight_bytes(config)
+    return weights + 3 * trained
+
+
+def _weight_bytes(config: TrainConfig) -> tuple[int, int]:
+    """Of all parameters, and of those that are trained."""
+    model = meta_model(config.model)
+    weights = sum(p.nbytes for p in model.parameters())
+    if config.lora.rank:
+        trained = 4 * num_trained(model, config.lora)
+        return weights + trained, trained
+    return weights, sum(p.nbytes for p in model.parameters() if p.requires_grad)
 
 
 def present_bytes(device: torch.device) -> int | None:

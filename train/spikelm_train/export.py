@@ -14,6 +14,7 @@ from spikelm.models.spikelm import LanguageModel
 from spikelm.tokenizer import Tokenizer
 from spikelm_train import checkpoints, resume
 from spikelm_train.config import TrainConfig
+from spikelm_train.lora import merged
 from spikelm_train.parallel import assembled, read_shards, read_zero
 from spikelm_train.stages import Stages
 
@@ -65,7 +66,7 @@ def export(run: Path, out: Path, step: int | None = None) -> int:
     elif position.strategy == "shards":
         weights = read_shards(shards, model)
     else:
-        weights = shared["model"]
+        weights = merged(shared["model"], config.lora)
     tokenizer = Tokenizer.load(run / resume.TOKENIZER)
     checkpoint.save(out, assembled(model, weights), tokenizer)
     return position.step

@@ -15,7 +15,7 @@ from spikelm import checkpoint
 from spikelm.config import to_dict
 from spikelm.errors import CheckpointError, SpikelmError
 from spikelm.models.spikelm import LanguageModel
-from spikelm_train import checkpoints, resume
+from spikelm_train import checkpoints, lora, resume
 from spikelm_train.average import Average
 from spikelm_train.carried import CarriedState
 from spikelm_train.checkpoints import Position
@@ -139,6 +139,8 @@ class Trainer:
         self.module = LanguageModel(config.model).initialise(config.seed)
         if config.init is not None:
             begin_with(self.module, Path(config.init))
+        if config.lora.rank:
+            lora.adapt(self.module, config.lora)
         self.num_parameters = sum(p.numel() for p in self.module.parameters())
         self.module.recompute_layers = config.activation_checkpointing == "layers"
         self.average = Average(self.module, config.ema, accelerator.device)
@@ -410,6 +412,8 @@ class Trainer:
         with self.average.applied():
             if self.accelerator.is_main_process:
                 checkpoint.save(folder, model, self.corpus.tokenizer)
+        if self.config.init and self.config.lora.rank and self.accelerator.is_main_process:
+            lora.save_adapter(self.module, self.config.lora, self.config.init, folder / lora.FOLDER)
 
     def save(self, seconds: float, *, finished: bool = False) -> None:
         """Begins to write the checkpoint to continue from."""
@@ -567,9 +571,11 @@ class Trainer:
 
     def _introduce(self) -> None:
         corpus, accelerator = self.corpus, self.accelerator
+        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        share = f" ({trained:,} trained)" if trained < self.num_parameters else ""
         self._say(
-            f"{self.num_parameters:,} parameters, {len(corpus.train.tokens):,} training tokens "
-            f"({corpus.train.num_bytes:,} bytes), {self.tokens_per_step:,} tokens per step, "
+            f"{self.num_parameters:,} parameters{share}, {len(corpus.train.tokens):,} training "
+            f"tokens ({corpus.train.num_bytes:,} bytes), {self.tokens_per_step:,} tokens per step, "
             f"{accelerator.num_processes} x {accelerator.device.type}, "
             f"{resolve_precision(self.config.precision)}"
             + (f"; continuing after step {self.step}" if self.step else "")

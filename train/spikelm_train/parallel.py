@@ -32,6 +32,7 @@ from spikelm.errors import CheckpointError, ConfigError, MissingExtraError
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Neuron
 from spikelm_train.config import TrainConfig
+from spikelm_train.lora import merged
 from spikelm_train.optim import adamw_over, make_optimizer
 
 Strategy = Literal["copies", "shards", "zero"]
@@ -191,6 +192,11 @@ def make_parallel(
             "distill.features between models of different widths trains a matrix, which is not "
             "spread over processes; set distill.features=0, or run without --shard and DeepSpeed"
         )
+    if config.lora.rank:
+        raise ConfigError(
+            "lora: its matrices are not shared out; run without --shard and DeepSpeed, a copy of "
+            "the model in every process"
+        )
     if config.ema is not None:
         raise ConfigError(
             "ema: the average is kept whole, and weights are shared out here; leave it out, or run "
@@ -218,7 +224,7 @@ class Copies:
         config: TrainConfig,
         extra: list[nn.Parameter],
     ) -> None:
-        self.accelerator, self.module = accelerator, module
+        self.accelerator, self.module, self.lora = accelerator, module, config.lora
         optimizer = make_optimizer(module, config.optim, accelerator.device)
         if extra:
             optimizer.add_param_group({"params": extra, "weight_decay": 0.0})
@@ -259,7 +265,9 @@ class Copies:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def whole(self) -> LanguageModel:
-        return self.module
+        if not self.lora.rank:
+            return self.module
+        return assembled(self.module, merged(self.module.state_dict(), self.lora))
 
 
 class Shards:

@@ -9,6 +9,7 @@ teacher.json          whom a distilled run learns from
 metrics.jsonl  loss.png  tensorboard/  wandb/  tracker.json  profile/
 report.md  curves.png  the finished run on one page
 config.json  model.safetensors  tokenizer.json ...   the trained model, at the end
+adapter/              and what was added to the model it began with, of low rank
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 from spikelm.config import from_dict, load_yaml, save_yaml, to_dict
 from spikelm.errors import ConfigError
 from spikelm.tokenizer import FILES as TOKENIZER_FILES
-from spikelm_train import checkpoints
+from spikelm_train import checkpoints, lora
 from spikelm_train.checkpoints import Position
 from spikelm_train.config import TrainConfig, differences
 
@@ -51,6 +52,7 @@ RUN_FILES = (
     "profile",
     "report.md",
     "curves.png",
+    lora.FOLDER,
 )
 
 
