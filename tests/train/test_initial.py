@@ -11,7 +11,7 @@ import torch
 
 from spikelm import checkpoint
 from spikelm.conversion.convert import convert
-from spikelm.errors import CheckpointError, ConfigError
+from spikelm.errors import ConfigError, DataError
 from spikelm_train.cli import main
 from spikelm_train.config import load_recipe
 from spikelm_train.loop import Trainer
@@ -84,7 +84,7 @@ def test_a_preset_takes_the_weights_where_they_fit(begun: Path, stage: Path, mak
 
 
 def test_what_cannot_be_begun_with(begun: Path, stage: Path, make: Make, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no model folder at"):
+    with pytest.raises(ConfigError, match="init: no model folder at missing"):
         load_recipe(str(stage), ["init=missing"])
     convert(begun, tmp_path / "coded", torch.zeros(1, 8, dtype=torch.int64))
     with pytest.raises(ConfigError, match="is spike-coded, its weights are integers"):
@@ -115,3 +115,31 @@ def test_stages_one_after_the_other(recipe: Recipe, tmp_path: Path) -> None:
     assert main([path, "--out", chat, "--set", f"init={longer}", *talks, "--set", "steps=30"]) == 0
     with pytest.raises(ConfigError, match="holds a run of another recipe"):
         main([path, "--out", chat, "--set", f"init={first}", *talks, "--set", "steps=30"])
+
+
+@pytest.mark.parametrize("name", ["long-8k", "long-32k", "long-128k", "chat", "distill"])
+def test_the_recipes_of_the_stages(
+    name: str, begun: Path, text: Path, make: Make, tmp_path: Path
+) -> None:
+    dialogues = tmp_path / "talks.jsonl"
+    pairs = [("user", "Where is the cat?"), ("assistant", "On the mat.")]
+    talks = [[{"role": r, "content": f"{c} ({i})"} for r, c in pairs] for i in range(99)]
+    dialogues.write_text("".join(json.dumps({"messages": m}) + "\n" for m in talks))
+    sources = f"data.sources=[{dialogues if name == 'chat' else text}]"
+    small = [
+        "precision=fp32",
+        "data.sequence_length=64",
+        "data.validation_fraction=0.1",
+        "grad_accum_steps=2",
+    ]
+    more = [f"distill.teacher={begun}"] if name == "distill" else []
+    trainer = make(f"init={begun}", "data.prepared=null", sources, *small, *more, path=Path(name))
+    for _ in range(2):
+        trainer.advance(0.0)
+
+
+def test_pretraining_is_a_recipe(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="spikelm data prepare SOURCES --out runs/text"):
+        load_recipe("pretrain")
+    config = load_recipe("pretrain", ["data.prepared=null", "tokenizer={kind: bytes}"])
+    assert config.model.num_layers == 24

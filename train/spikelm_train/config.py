@@ -19,7 +19,7 @@ from spikelm.config import (
     override,
     to_dict,
 )
-from spikelm.errors import ConfigError, did_you_mean
+from spikelm.errors import CheckpointError, ConfigError, did_you_mean
 
 BYTE_VOCABULARY = 257
 
@@ -504,8 +504,8 @@ def load_recipe(
     tokenizer unless it is given. Of a recipe with `init` it is laid over that model's. `sources`
     replace `data.sources`.
 
-    Raises: ConfigError naming the key and the way out; CheckpointError for an `init` that is no
-    model folder.
+    Raises: ConfigError naming the key and the way out; DataError for a prepared text that is not
+    there.
     """
     data = load_yaml(find_config("train", name))
     presets = [a for a in assignments if a.partition("=")[0] in ("model", "init")]
@@ -540,7 +540,10 @@ def _model_in(folder: Path) -> dict[str, Any]:
     """The configuration of the model in `folder`, all fields."""
     from spikelm.checkpoint import model_config_of, read_config
 
-    return to_dict(model_config_of(read_config(folder), folder))
+    try:
+        return to_dict(model_config_of(read_config(folder), folder))
+    except CheckpointError as error:
+        raise ConfigError(f"init: {error}") from None
 
 
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -565,6 +568,9 @@ def _tokenizer(data: Mapping[str, Any], rows: int | None) -> Any:
     folders = (text.prepared, *(part.prepared for part in text.mixture))
     prepared = next(filter(None, folders), None)
     if prepared is not None and "kind" not in given:
+        from spikelm_train.texts.shards import read_meta
+
+        read_meta(Path(prepared))
         given = {**given, "kind": "file", "path": str(Path(prepared) / "tokenizer")}
     if given.get("kind") == "file" and given.get("path") and "vocab_size" not in given:
         from spikelm.tokenizer import Tokenizer
