@@ -207,3 +207,15 @@ def test_a_run_larger_than_the_machine_is_refused(tmp_path: Path, capsys: Any) -
     arguments = ["train", "demo", "--out", str(tmp_path / "run"), "--set", "model.width=50000000"]
     assert main(arguments) == 2
     assert "GB are here; lower model.width" in capsys.readouterr().err
+
+
+def test_what_is_only_looked_at_may_change(make: Callable[..., Any]) -> None:
+    first = make(out="run")
+    first.advance(0.0)
+    first.save(0.0)
+    first.writer.finish()
+    changed = load_recipe(str(first.out / "config.yaml"), ["log_every=7", "report_to=[]"])
+    assert claim(first.out, changed, fresh=False, num_processes=1) is not None
+    other = load_recipe(str(first.out / "config.yaml"), ["log_every=7", "optim.lr=1e-4"])
+    with pytest.raises(ConfigError, match=r"another recipe \(different: optim.lr\)"):
+        claim(first.out, other, fresh=False, num_processes=1)

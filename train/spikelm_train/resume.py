@@ -55,6 +55,21 @@ RUN_FILES = (
     lora.FOLDER,
 )
 
+OBSERVATION = (
+    "log_every",
+    "eval_every",
+    "eval_tokens",
+    "save_every",
+    "keep_last",
+    "keep_best",
+    "sample_every",
+    "sample_prompt",
+    "sample_tokens",
+    "report_to",
+    "peak_flops",
+)
+"""Keys of a recipe that change nothing in the weights: a run may continue with others."""
+
 
 def claim(
     out: Path,
@@ -145,8 +160,9 @@ def _is_run(out: Path) -> bool:
 
 
 def _check_same(out: Path, config: TrainConfig) -> None:
+    """Raises: ConfigError if the run would train differently than it began."""
     saved = from_dict(TrainConfig, load_yaml(out / CONFIG))
-    changed = differences(to_dict(saved), to_dict(config))
+    changed = [n for n in differences(to_dict(saved), to_dict(config)) if n not in OBSERVATION]
     if changed:
         names = ", ".join(changed[:6]) + (", ..." if len(changed) > 6 else "")
         raise ConfigError(
