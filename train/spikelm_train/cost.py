@@ -167,9 +167,9 @@ def training_flops(config: ModelConfig, layers: dict[str, LayerCost]) -> float:
 
 
 def memory_by_category(
-    config: TrainConfig, layers: dict[str, LayerCost], device: torch.device
+    config: TrainConfig, layers: dict[str, LayerCost], device: torch.device, context: int = 1
 ) -> dict[str, int]:
-    """Bytes of one process at the peak of a step, unsharded.
+    """Bytes of one process at the peak of a step, unsharded, if `context` of them share a row.
 
     Two moments per trained parameter; three copies of the logits (cross-entropy and its gradient);
     `process`: what Python and its libraries hold already.
@@ -177,7 +177,7 @@ def memory_by_category(
     model = meta_model(config.model)
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    tokens = config.micro_batch_size * config.data.sequence_length
+    tokens = config.micro_batch_size * config.data.sequence_length // context
     kept = [
         tokens * layers[kind].saved_bytes + layers[kind].fixed_bytes for kind in config.model.mixers
     ]
