@@ -9,7 +9,7 @@ comes out are the gradients of one process, if every rank's loss is the mean ove
 gradients are averaged over ranks (tests/train/test_context.py).
 
 As LASP for linear attention (Sun et al. 2024, arXiv 2404.02882), for every mixer whose state does
-not grow. B sequences.
+not grow.
 """
 
 from __future__ import annotations
