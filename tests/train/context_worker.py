@@ -147,6 +147,8 @@ def train(
             for seed in seeds:
                 loss, _ = loss_of(model, make_rows(100 * step + seed), slices)
                 (loss / len(seeds)).backward()
+                if slices is not None:
+                    slices.settle()
                 total += loss.detach() / len(seeds)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         if slices is not None:
@@ -182,6 +184,7 @@ def state_apart(fields: dict[str, Any], slices: Slices, ranks: int) -> float:
     with torch.no_grad():
         _, expected = loss_of(model, rows, None)
         _, found = loss_of(model, rows, slices)
+    slices.settle()
     if slices.after is not None:
         return 0.0
     assert torch.equal(found.position, expected.position)

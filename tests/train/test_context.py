@@ -67,7 +67,7 @@ def launched(tiny: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     path.write_text(yaml.safe_dump(recipe_of(tiny, folder)))
     common = [str(path), "--corpus", str(folder / "data"), "--out"]
     alone = ["--set", "grad_accum_steps=2"]
-    again = ["--set", "activation_checkpointing=layers", "--set", "loss_chunk=48"]
+    again = ["--set", "activation_checkpointing=layers", "--set", "loss_chunk=48", "--profile", "2"]
     assert main([*common, str(folder / "one"), *alone]) == 0
     shutil.copytree(folder / "one", folder / "continued")
     (folder / "continued" / checkpoint.WEIGHTS).unlink()
@@ -107,6 +107,7 @@ def test_a_run_with_slices_is_that_of_one_process(launched: Path, name: str) -> 
     assert shown.count("4 x cpu of which 2 share a row, fp32") == 2
     assert shown.count("continuing after step 4") == 1
     assert kept_steps(launched / name) == [4, 8]
+    assert (launched / name / "profile").exists() == (name == "two")
     assert_same_curve(launched / "one", launched / name)
     assert_same_model(launched / "one", launched / name)
 

@@ -94,7 +94,10 @@ class Link:
         return message
 
     def settle(self) -> None:
-        """Waits until all that was put has arrived."""
+        """Waits until all that was put has arrived.
+
+        Not left to the destructors, which would tell torch's profiler of it after its own end.
+        """
         for work, _ in self._sent:
             if work is not None:
                 work.wait()
@@ -118,9 +121,6 @@ class Slices:
         """This rank's slice of the rows of `batch`; the state in front of it, zeros but for its
         position; and who fills that in while the model computes.
         """
-        for link in (self.before, self.after):
-            if link is not None:
-                link.settle()
         rows, length = batch.inputs.shape
         first = self.index * (length // self.size)
         part = slice(first, first + length // self.size)
@@ -132,6 +132,12 @@ class Slices:
             State(zeros.layers, position[:, first]),
             handover,
         )
+
+    def settle(self) -> None:
+        """Waits until the neighbours have what was put; to be called after every backward."""
+        for link in (self.before, self.after):
+            if link is not None:
+                link.settle()
 
 
 class Handover:

@@ -360,6 +360,8 @@ class Trainer:
                     weight = self.config.l1_hidden * ramp(progress, L1_RAMP)
                     objective = objective + weight * self.silence.take_l1()
                 self.parallel.backward(objective / parts)
+            if self.slices:
+                self.slices.settle()
             total += loss.detach() / parts
         return float(accelerator.reduce(total, "mean"))
 
