@@ -12,6 +12,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,18 @@ from spikelm.state import LayerState, State
 
 Reader = Callable[[Tensor, slice], Tensor]
 """Takes the logits [B, t, N] of the tokens in a slice; what it makes of them is [B, t, ...]."""
+
+
+class Handover(Protocol):
+    """The processes that have the tokens before and behind those of a call."""
+
+    def receive(self, state: LayerState) -> LayerState:
+        """What a layer remembers of the tokens before; `state` is what it would begin with."""
+        ...
+
+    def send(self, state: LayerState) -> None:
+        """Passes on what a layer remembers after the call's tokens."""
+        ...
 
 
 class Embedding(nn.Module):
@@ -211,15 +224,21 @@ class LanguageModel(nn.Module):
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
-    def _layers_forward(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def _layers_forward(
+        self, x: Tensor, state: State, context: Context, handover: Handover | None = None
+    ) -> tuple[Tensor, State]:
         """The residual stream [B, T, D] through all layers."""
         layers = []
         for layer, layer_state in zip(self._layers(), state.layers, strict=False):
+            if handover is not None:
+                layer_state = handover.receive(layer_state)
             if self.recompute_layers and self.training:
                 run = functools.partial(_run_layer, layer, layer_state)
                 x, layer_state = recomputed(run, x, context)
             else:
                 x, layer_state = layer(x, layer_state, context)
+            if handover is not None:
+                handover.send(layer_state)
             layers.append(layer_state)
         return x, State((*layers, state.layers[-1]), context.position[:, -1] + 1)
 
@@ -234,6 +253,7 @@ class LanguageModel(nn.Module):
         last_only: bool = False,
         read: Reader | None = None,
         read_tokens: int = 0,
+        handover: Handover | None = None,
     ) -> tuple[Tensor, State]:
         """Next-token logits of `tokens` [B, T] (T >= 1) after `state`, and the state after them.
 
@@ -245,20 +265,24 @@ class LanguageModel(nn.Module):
         With `read` the result is what that makes of the logits [B, T, ...], such as losses. Those
         of `read_tokens` tokens (of all sequences together) are then in memory at a time, and
         computed again in the backward pass.
+
+        With `handover` the tokens are a slice of longer rows: the states of layers come from the
+        process that has the slice before and go to the one that has the next.
         """
         if reset is not None and self.sink_embeddings is not None:
+            assert handover is None
             return self._forward_documents(
                 tokens, state, reset, probe, losses, last_only, read, read_tokens
             )
         if state is None:
             state = self.initial_state(tokens.shape[0])
-        context = Context(*_positions(tokens, state.position, reset), probe, losses)
+        context = Context(*positions(tokens, state.position, reset), probe, losses)
         outer, after = state.layers[-1], dict[str, Tensor]()
         x = widen(self.embedding(tokens))
         x = _through(self.embedding_output, x, outer, after, context)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        x, state = self._layers_forward(x, state, context)
+        x, state = self._layers_forward(x, state, context, handover)
         x = self.norm(x)
         if read is None:
             y, kept = self._logits(x, tokens, outer, context, last_only)
@@ -374,8 +398,11 @@ def shared_losses(losses: list[Tensor] | None, share: float) -> Iterator[list[Te
         losses += [share * loss for loss in part]
 
 
-def _positions(tokens: Tensor, seen: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Position within the document and documents begun, both [B, T] (the latter may be None)."""
+def positions(tokens: Tensor, seen: Tensor, reset: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Position within the document and documents begun, both [B, T] (the latter may be None).
+
+    `seen` [B] tokens of the open documents came before.
+    """
     order = torch.arange(tokens.shape[1], device=tokens.device)
     if reset is None:
         return seen[:, None] + order, None

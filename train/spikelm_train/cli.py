@@ -63,6 +63,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="share weights, gradients and moments out over the processes (FSDP2)",
     )
     parser.add_argument(
+        "--context",
+        type=int,
+        default=1,
+        metavar="C",
+        help="share the tokens of every row out over C processes, which hand on the state "
+        "(%(default)s)",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="show the resolved recipe and its cost, two steps of it really run; write nothing",
@@ -87,7 +95,7 @@ def main(argv: list[str]) -> int:
     if arguments.profile < 0:
         raise ConfigError(f"--profile {arguments.profile} given; allowed: steps >= 0")
     if arguments.dry_run:
-        return dry_run(config, arguments.corpus, as_json=arguments.json)
+        return dry_run(config, arguments.corpus, as_json=arguments.json, context=arguments.context)
     from spikelm_train.dryrun import check_memory
     from spikelm_train.loop import train
 
@@ -101,6 +109,7 @@ def main(argv: list[str]) -> int:
         shard=arguments.shard,
         step=_step(arguments.resume),
         profile=arguments.profile,
+        context=arguments.context,
     )
 
 
@@ -113,22 +122,28 @@ def _step(given: str) -> int | None:
     return int(given)
 
 
-def dry_run(config: TrainConfig, corpus: Path | None, *, as_json: bool = False) -> int:
-    """Prints the recipe and its cost.
+def dry_run(
+    config: TrainConfig, corpus: Path | None, *, as_json: bool = False, context: int = 1
+) -> int:
+    """Prints the recipe and its cost, in the first of the processes.
 
     Raises: DataError if its sources do not begin with a readable text; ConfigError, after
     printing, for a run that this machine cannot hold.
     """
     from spikelm.corpus import read_documents
     from spikelm_train import dryrun
+    from spikelm_train.context import check_context
 
     for sources in filter(None, (config.data.sources, config.data.validation_sources)):
         next(read_documents(sources, text_key=config.data.text_key))
-    found = dryrun.plan(config)
+    check_context(config, context, dryrun.world_size())
+    found = dryrun.plan(config, context)
     if found["fits"] is not False:
-        found |= dryrun.two_steps(config, found, corpus)
+        found |= dryrun.two_steps(config, found, corpus, context)
     recipe = to_dict(config)
-    if as_json:
+    if not dryrun.is_main():
+        pass
+    elif as_json:
         print(json.dumps({"recipe": recipe, **found}, indent=2))
     else:
         print(yaml.safe_dump(recipe, sort_keys=False) + "\n" + dryrun.describe(found))

@@ -168,15 +168,15 @@ def training_flops(config: ModelConfig, layers: dict[str, LayerCost]) -> float:
 
 
 def memory_by_category(
-    config: TrainConfig, layers: dict[str, LayerCost], device: torch.device
+    config: TrainConfig, layers: dict[str, LayerCost], device: torch.device, context: int = 1
 ) -> dict[str, int]:
-    """Bytes of one process at the peak of a step, unsharded.
+    """Bytes of one process at the peak of a step, unsharded, if `context` of them share a row.
 
     Two moments per trained parameter; three copies of the logits (cross-entropy and its gradient);
     `process`: what Python and its libraries hold already.
     """
     weights, trained = _weight_bytes(config)
-    tokens = config.micro_batch_size * config.data.sequence_length
+    tokens = config.micro_batch_size * config.data.sequence_length // context
     kept = [
         tokens * layers[kind].saved_bytes + layers[kind].fixed_bytes for kind in config.model.mixers
     ]

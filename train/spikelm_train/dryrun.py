@@ -26,10 +26,11 @@ SAMPLED_BYTES = 4_000_000
 """Text that the two steps are run on, at most; the whole corpus may take hours to tokenise."""
 
 
-def plan(config: TrainConfig) -> dict[str, Any]:
+def plan(config: TrainConfig, context: int = 1) -> dict[str, Any]:
     """What can be said without a step, as JSON types; sizes in bytes, per process.
 
-    `fits` is null where nobody says how much memory there is, or how processes share it.
+    `fits` is null where nobody says how much memory there is, or how processes share it. `context`
+    processes share a row.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.precision)
@@ -40,10 +41,10 @@ def plan(config: TrainConfig) -> dict[str, Any]:
     marks = sorted({0.0, config.optim.warmup_fraction, 0.5, 0.9, 1.0})
     found: dict[str, Any] = {
         "parameters": {"total": sum(kinds.values()), **kinds},
-        "tokens_per_step": tokens * processes,
+        "tokens_per_step": tokens * processes // context,
         "processes": processes,
         "steps": config.steps,
-        "tokens": config.steps * tokens * processes,
+        "tokens": config.steps * tokens * processes // context,
         "max_seconds": config.max_seconds,
         "learning_rate": {f"{m:.0%}": config.optim.lr * lr_factor(config.optim, m) for m in marks},
         "device": device.type,
@@ -57,7 +58,7 @@ def plan(config: TrainConfig) -> dict[str, Any]:
         # Not even a layer may fit.
         return {**found, "memory": {"weights, gradients, moments": least}, "fits": False}
     layers = cost.layer_costs(config.model, length, device, precision)
-    memory = cost.memory_by_category(config, layers, device)
+    memory = cost.memory_by_category(config, layers, device, context)
     forward = cost.forward_flops(config.model, layers)
     training = cost.training_flops(config.model, layers)
     return {
@@ -80,6 +81,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main() -> bool:
+    """Whether this is the process that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def require_memory(found: dict[str, Any]) -> None:
     """Raises: ConfigError if what `plan` found does not fit."""
     if found["fits"] is False:
@@ -90,7 +96,9 @@ def require_memory(found: dict[str, Any]) -> None:
         )
 
 
-def two_steps(config: TrainConfig, found: dict[str, Any], corpus: Path | None) -> dict[str, Any]:
+def two_steps(
+    config: TrainConfig, found: dict[str, Any], corpus: Path | None, context: int = 1
+) -> dict[str, Any]:
     """Two steps of the run in a folder that is deleted: speed of the second, peak memory of both.
 
     They read the first part of the run's own text, or the whole of it where `corpus` has it.
@@ -109,7 +117,7 @@ def two_steps(config: TrainConfig, found: dict[str, Any], corpus: Path | None) -
         device = accelerator.device
         trained_on = prepare(sampled, corpus or folder / "data")
         process.reset_peak()
-        trainer = Trainer(sampled, folder, trained_on, accelerator, None)
+        trainer = Trainer(sampled, folder, trained_on, accelerator, None, context=context)
         seconds = [_timed_step(trainer) for _ in range(2)]
     peak = hardware.peak_of(device, found["precision"], config.peak_flops)
     speed = trainer.tokens_per_step / seconds[-1]

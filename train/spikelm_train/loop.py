@@ -20,6 +20,7 @@ from spikelm_train.average import Average
 from spikelm_train.carried import CarriedState
 from spikelm_train.checkpoints import Position
 from spikelm_train.config import TrainConfig
+from spikelm_train.context import Handover, Slices, check_context
 from spikelm_train.data import Batch, Corpus, make_sampler, prepare
 from spikelm_train.distill import Distillation
 from spikelm_train.guard import Guard
@@ -56,12 +57,14 @@ def train(
     shard: bool = False,
     step: int | None = None,
     profile: int = 0,
+    context: int = 1,
 ) -> int:
     """Runs or continues a recipe in the folder `out`; returns the exit status.
 
     The tokenised text is in `corpus_folder`, which runs may share, or in `out`/data. `shard`
     spreads the weights over the processes. It continues at the newest checkpoint or `step`'s.
-    `profile` steps are traced (`spikelm_train.profiling`).
+    `profile` steps are traced (`spikelm_train.profiling`). `context` processes share the tokens of
+    every row (`spikelm_train.context`).
 
     0 when the trained model is in `out`; 130 or 143 when SIGINT or SIGTERM ended the run after a
     checkpoint.
@@ -72,6 +75,7 @@ def train(
     strategy = launched_strategy(shard)
     accelerator = make_accelerator(config, strategy)
     is_main: bool = accelerator.is_main_process
+    check_context(config, context, accelerator.num_processes, strategy)
     with accelerator.main_process_first():
         position = resume.claim(
             out,
@@ -80,6 +84,7 @@ def train(
             num_processes=accelerator.num_processes,
             strategy=strategy,
             step=step,
+            context=context,
         )
         if position and position.finished and (out / checkpoint.WEIGHTS).is_file():
             if is_main:
@@ -95,7 +100,7 @@ def train(
     try:
         rows = position.rows if position else None
         with resume.discarding(out, begins):
-            trainer = Trainer(config, out, corpus, accelerator, reporter, strategy, rows)
+            trainer = Trainer(config, out, corpus, accelerator, reporter, strategy, rows, context)
         if position:
             trainer.load(position)
         if step is not None and is_main:
@@ -123,11 +128,16 @@ class Trainer:
         reporter: Reporter | None,
         strategy: Strategy = "copies",
         rows: int | None = None,
+        context: int = 1,
     ) -> None:
         if accelerator.device.type == "cpu":
             # Strong decays leave denormals in the states, which cost a quarter of the speed.
             torch.set_flush_denormal(True)
-        per_forward = config.micro_batch_size * accelerator.num_processes
+        # Processes that share rows are one to those who share out the rows.
+        self.group = accelerator.process_index // context
+        self.num_groups = accelerator.num_processes // context
+        self.slices = Slices(accelerator.process_index, context) if context > 1 else None
+        per_forward = config.micro_batch_size * self.num_groups
         self.rows = rows or per_forward * config.grad_accum_steps
         config = dataclasses.replace(config, grad_accum_steps=self.rows // per_forward)
         self.config = config
@@ -326,6 +336,9 @@ class Trainer:
         for part, batch in enumerate(batches):
             lanes = self._lanes(part)
             state = self.carried.take(lanes) if self.carried else None
+            handover: Handover | None = None
+            if self.slices:
+                batch, state, handover = self.slices.take(batch, self.module)
             with self.parallel.accumulating(last=part == parts - 1):
                 balance: list[torch.Tensor] = []
                 taught = self.distillation
@@ -336,10 +349,13 @@ class Trainer:
                         reset=batch.reset,
                         probe=self.silence,
                         losses=balance,
+                        handover=handover,
                         **self.objective.options(batch.targets),
                     )
                 if self.carried:
                     self.carried.put(lanes, state)
+                if handover:
+                    balance.append(handover.end)
                 loss, more_terms = self.objective.terms(output, batch.targets, count)
                 learned = taught.objective(loss, output, batch, count) if taught else loss
                 objective = sum([*balance, *more_terms], start=learned)
@@ -347,13 +363,15 @@ class Trainer:
                     weight = self.config.l1_hidden * ramp(progress, L1_RAMP)
                     objective = objective + weight * self.silence.take_l1()
                 self.parallel.backward(objective / parts)
+            if self.slices:
+                self.slices.settle()
             total += loss.detach() / parts
         return float(accelerator.reduce(total, "mean"))
 
     def _lanes(self, part: int) -> range:
-        """The rows of the step's global batch that this process's forward number `part` takes."""
+        """The rows of the step's global batch that this process's forward number `part` is for."""
         size = self.config.micro_batch_size
-        start = (part * self.accelerator.num_processes + self.accelerator.process_index) * size
+        start = (part * self.num_groups + self.group) * size
         return range(start, start + size)
 
     def _batch(self, part: int) -> Batch:
@@ -369,8 +387,10 @@ class Trainer:
             return None
         learned = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
         every = int(self.accelerator.reduce(learned, "sum"))
+        # Every process that shares a row has counted it.
+        rows_shared = self.slices.size if self.slices else 1
         forwards: int = len(batches) * self.accelerator.num_processes
-        return max(1, every) / forwards
+        return max(1, every / rows_shared) / forwards
 
     def _measured(self) -> dict[str, float]:
         """The last step's terms of the loss beside the cross-entropy."""
@@ -576,8 +596,9 @@ class Trainer:
         self._say(
             f"{self.num_parameters:,} parameters{share}, {len(corpus.train.tokens):,} training "
             f"tokens ({corpus.train.num_bytes:,} bytes), {self.tokens_per_step:,} tokens per step, "
-            f"{accelerator.num_processes} x {accelerator.device.type}, "
-            f"{resolve_precision(self.config.precision)}"
+            f"{accelerator.num_processes} x {accelerator.device.type}"
+            + (f" of which {self.slices.size} share a row, " if self.slices else ", ")
+            + resolve_precision(self.config.precision)
             + (f"; continuing after step {self.step}" if self.step else "")
         )
         if self.accelerator.is_main_process:

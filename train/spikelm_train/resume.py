@@ -79,11 +79,12 @@ def claim(
     num_processes: int,
     strategy: str = "copies",
     step: int | None = None,
+    context: int = 1,
 ) -> Position | None:
     """Makes `out` the folder of this run; where to continue, or None at the beginning.
 
     It continues at the newest checkpoint or that of `step`. `fresh` deletes what an earlier run
-    wrote, and nothing else.
+    wrote, and nothing else. `context` processes share a row.
 
     Raises: ConfigError for a folder that is not writable, another model's, a run of another
     recipe, or one that these processes cannot continue.
@@ -105,12 +106,17 @@ def claim(
         raise ConfigError(f"cannot write to {out}: {error.strerror}; use another --out") from None
     _check_same(out, config)
     position = checkpoints.read_position(found)
-    _check_processes(out, config, position, num_processes, strategy)
+    _check_processes(out, config, position, num_processes, strategy, context)
     return position
 
 
 def _check_processes(
-    out: Path, config: TrainConfig, position: Position, num_processes: int, strategy: str
+    out: Path,
+    config: TrainConfig,
+    position: Position,
+    num_processes: int,
+    strategy: str,
+    context: int,
 ) -> None:
     if position.strategy != strategy:
         how = {"copies": "without sharding", "shards": "with --shard", "zero": "by DeepSpeed"}
@@ -123,10 +129,10 @@ def _check_processes(
             f"{out} was begun on {position.num_processes} process(es), not {num_processes}; "
             "DeepSpeed continues on as many, start so many"
         )
-    per_forward = config.micro_batch_size * num_processes
+    per_forward = config.micro_batch_size * num_processes // context
     if position.rows % per_forward:
         possible = [
-            n
+            n * context
             for n in range(1, position.rows + 1)
             if not position.rows % (n * config.micro_batch_size)
         ]
