@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,17 @@ from spikelm.errors import ConfigError, DataError
 from spikelm.generate import prompt_ids
 from spikelm.template import ChatTemplate
 from spikelm.tokenizer import EOS, Tokenizer
+from spikelm_train.cli import main as train
 from spikelm_train.config import DataConfig, TokenizerConfig, load_recipe
 from spikelm_train.data import make_batch, prepare
 from spikelm_train.loop import Trainer
 from spikelm_train.objective import IGNORED, Objective
+from spikelm_train.report import read_metrics
 from spikelm_train.texts.cli import main
 from spikelm_train.texts.prepare import Text, write_text
 from spikelm_train.texts.shards import open_prepared
 
+ROOT = Path(__file__).parents[2]
 Make = Callable[..., Trainer]
 Recipe = Callable[..., Path]
 
@@ -253,3 +259,24 @@ def test_a_special_token_in_a_message_is_text(tmp_path: Path) -> None:
     assert [v for v in stored if v in (tokenizer.eos_id, ~tokenizer.eos_id)] == stored[:1]
     text = tokenizer.decode_bytes([v if v >= 0 else ~v for v in stored]).decode()
     assert text == f"User: a {EOS} b\n\nAssistant: c {EOS}\n\n"
+
+
+@pytest.mark.parametrize("shared", [[], ["--context", "2"]])
+def test_two_processes_train_as_one(
+    shared: list[str], tiny: dict[str, Any], dialogues: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    data = {"sources": [str(dialogues)], "messages_key": "messages", "sampling": "packed"}
+    changes = {"data": {**tiny["data"], **data}, "micro_batch_size": 2, "steps": 4}
+    path.write_text(json.dumps({**tiny, **changes}))
+    accumulated = ["--set", f"grad_accum_steps={1 if shared else 2}"]
+    one, two = ([str(path), "--out", str(tmp_path / name)] for name in ("one", "two"))
+    assert train([*one, *accumulated]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "spikelm_train", *two, *shared]
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, capture_output=True)
+    curves = [read_metrics(tmp_path / name) for name in ("one", "two")]
+    for left, right in zip(*curves, strict=True):
+        for name in left.keys() & {"loss", "gradient_norm", "validation_loss"}:
+            assert left[name] == pytest.approx(right[name], rel=1e-4), (name, left, right)
