@@ -14,9 +14,9 @@ import yaml
 
 from spikelm_train.config import load_recipe
 from spikelm_train.data import prepare
-from spikelm_train.loop import Trainer
 from spikelm_train.parallel import make_accelerator
 from spikelm_train.resume import claim
+from spikelm_train.trainer import Trainer
 
 RECIPE: dict[str, Any] = {
     "model": {

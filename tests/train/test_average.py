@@ -8,7 +8,7 @@ import torch
 from spikelm import checkpoint
 from spikelm_train import checkpoints
 from spikelm_train.average import Average
-from spikelm_train.loop import Trainer
+from spikelm_train.trainer import Trainer
 
 Make = Callable[..., Trainer]
 

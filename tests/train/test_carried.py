@@ -8,7 +8,7 @@ import torch
 from spikelm.errors import CheckpointError
 from spikelm_train.carried import CarriedState
 from spikelm_train.data import make_batch
-from spikelm_train.loop import Trainer
+from spikelm_train.trainer import Trainer
 
 Make = Callable[..., Trainer]
 CARRIED = ("data.sampling=carried", "data.sequence_length=16", "grad_accum_steps=2")

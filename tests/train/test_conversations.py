@@ -21,12 +21,12 @@ from spikelm.tokenizer import EOS, Tokenizer
 from spikelm_train.cli import main as train
 from spikelm_train.config import DataConfig, TokenizerConfig, load_recipe
 from spikelm_train.data import make_batch, prepare
-from spikelm_train.loop import Trainer
 from spikelm_train.objective import IGNORED, Objective
 from spikelm_train.report import read_metrics
 from spikelm_train.texts.cli import main
 from spikelm_train.texts.prepare import Text, write_text
 from spikelm_train.texts.shards import open_prepared
+from spikelm_train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Trainer]

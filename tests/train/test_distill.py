@@ -21,9 +21,9 @@ from spikelm_train import loop
 from spikelm_train.config import load_recipe
 from spikelm_train.data import make_batch
 from spikelm_train.distill import divergence, feature_error
-from spikelm_train.loop import Trainer
 from spikelm_train.report import read_metrics
 from spikelm_train.resume import claim
+from spikelm_train.trainer import Trainer
 
 Make = Callable[..., Trainer]
 Teach = Callable[..., str]
@@ -199,7 +199,7 @@ def test_the_run_says_and_keeps_who_taught_it(
     config = load_recipe(path, [f"distill.teacher={folder}"])
     stream = io.StringIO()
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_agree", lambda self, signum: (0.0, 2 if self.step == 3 else 0))
+        patch.setattr(Trainer, "agree", lambda self, signum: (0.0, 2 if self.step == 3 else 0))
         assert loop.train(config, out, fresh=False, stream=stream) == 130
     known = json.loads((out / "teacher.json").read_text())
     assert known["teacher"] == folder

@@ -12,7 +12,7 @@ from spikelm.errors import ConfigError, SpikelmError
 from spikelm_train.checkpoints import find, kept_steps, read_position
 from spikelm_train.config import GuardConfig, load_recipe
 from spikelm_train.guard import WARMUP, Guard
-from spikelm_train.loop import Trainer
+from spikelm_train.trainer import Trainer
 
 Make = Callable[..., Trainer]
 

@@ -14,8 +14,8 @@ from spikelm.conversion.convert import convert
 from spikelm.errors import ConfigError, DataError
 from spikelm_train.cli import main
 from spikelm_train.config import load_recipe
-from spikelm_train.loop import Trainer
 from spikelm_train.report import read_metrics
+from spikelm_train.trainer import Trainer
 
 Make = Callable[..., Trainer]
 Recipe = Callable[..., Path]

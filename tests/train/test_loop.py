@@ -15,10 +15,10 @@ from spikelm_train import loop, parallel
 from spikelm_train.checkpoints import find, kept_steps
 from spikelm_train.config import TrainConfig, load_recipe
 from spikelm_train.data import make_batch
-from spikelm_train.loop import Trainer
 from spikelm_train.parallel import make_accelerator, resolve_precision
 from spikelm_train.report import read_metrics
 from spikelm_train.resume import claim
+from spikelm_train.trainer import Trainer
 
 Make = Callable[..., Trainer]
 
@@ -229,7 +229,7 @@ def test_train_continues_after_an_interruption(
     whole, parts = io.StringIO(), io.StringIO()
     assert loop.train(config, tmp_path / "whole", fresh=False, stream=whole) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_agree", lambda self, signum: (0.0, 2 if self.step == 3 else 0))
+        patch.setattr(Trainer, "agree", lambda self, signum: (0.0, 2 if self.step == 3 else 0))
         assert loop.train(config, tmp_path / "parts", fresh=False, stream=parts) == 130
     assert "stopped after step 3" in parts.getvalue()
     assert loop.train(config, tmp_path / "parts", fresh=False, stream=parts) == 0

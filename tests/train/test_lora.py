@@ -15,8 +15,8 @@ from spikelm_train import cost
 from spikelm_train.cli import main
 from spikelm_train.config import load_recipe
 from spikelm_train.export import export
-from spikelm_train.loop import Trainer
 from spikelm_train.resume import claim
+from spikelm_train.trainer import Trainer
 
 Make = Callable[..., Trainer]
 Recipe = Callable[..., Path]

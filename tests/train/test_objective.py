@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from spikelm_train.loop import Trainer
 from spikelm_train.objective import Objective, cross_entropy
+from spikelm_train.trainer import Trainer
 
 Make = Callable[..., Trainer]
 

@@ -20,7 +20,6 @@ from spikelm.errors import ConfigError, MissingExtraError
 from spikelm_train.checkpoints import step_folder
 from spikelm_train.cli import main
 from spikelm_train.config import load_recipe
-from spikelm_train.loop import Trainer
 from spikelm_train.parallel import (
     assembled,
     clip,
@@ -31,6 +30,7 @@ from spikelm_train.parallel import (
     take_out_neurons,
 )
 from spikelm_train.report import read_metrics
+from spikelm_train.trainer import Trainer
 
 Recipe = Callable[..., Path]
 Make = Callable[..., Trainer]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spikelm_train.loop import Trainer
 from spikelm_train.profiling import NEURONS, WARM_UP, StepProfiler, backward_nodes, neuron_share
+from spikelm_train.trainer import Trainer
 
 Make = Callable[..., Trainer]
 

@@ -15,8 +15,8 @@ from spikelm.models.coded import projections
 from spikelm.models.grid import RoundedLinear, choose_scale
 from spikelm_train import loop
 from spikelm_train.config import load_recipe
-from spikelm_train.loop import Trainer
 from spikelm_train.resume import claim
+from spikelm_train.trainer import Trainer
 
 Make = Callable[..., Trainer]
 

@@ -15,9 +15,10 @@ from spikelm import checkpoint
 from spikelm.errors import ConfigError
 from spikelm.neurons import Neuron, Spikes
 from spikelm_train import loop
+from spikelm_train import trainer as trainer_module
 from spikelm_train.config import load_recipe, staged
-from spikelm_train.loop import Trainer
 from spikelm_train.resume import claim
+from spikelm_train.trainer import Trainer
 
 Make = Callable[..., Trainer]
 
@@ -113,8 +114,8 @@ def test_validation_and_samples_are_of_the_current_stage(
         used.append(config)
         return real(module, tokenizer, config, out)  # type: ignore[arg-type]
 
-    real = loop.sample_text
-    monkeypatch.setattr(loop, "sample_text", sample)
+    real = trainer_module.sample_text
+    monkeypatch.setattr(trainer_module, "sample_text", sample)
     assert trainer.sample()
     assert used[0].model.neurons.ffn_hidden.max_count == 3  # type: ignore[attr-defined]
 
@@ -126,7 +127,7 @@ def test_the_model_says_what_it_ends_with(
     whole, parts = io.StringIO(), io.StringIO()
     assert loop.train(config, tmp_path / "whole", fresh=False, stream=whole) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_agree", lambda self, signum: (0.0, 2 if self.step == 3 else 0))
+        patch.setattr(Trainer, "agree", lambda self, signum: (0.0, 2 if self.step == 3 else 0))
         assert loop.train(config, tmp_path / "parts", fresh=False, stream=parts) == 130
     assert loop.train(config, tmp_path / "parts", fresh=False, stream=parts) == 0
     for name in ("model.safetensors", "config.json"):

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from spikelm_train.cli import main
-from spikelm_train.loop import Trainer
 from spikelm_train.report import read_metrics
+from spikelm_train.trainer import Trainer
 
 Recipe = Callable[..., Path]
 

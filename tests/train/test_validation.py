@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from spikelm_train.loop import Trainer
 from spikelm_train.objective import cross_entropy
+from spikelm_train.trainer import Trainer
 from spikelm_train.validation import validation_sums
 
 Make = Callable[..., Trainer]

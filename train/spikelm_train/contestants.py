@@ -23,12 +23,13 @@ from spikelm_train.bench import LOG_EVERY
 from spikelm_train.config import DataConfig, OptimConfig, TokenizerConfig, TrainConfig
 from spikelm_train.cost import meta_model
 from spikelm_train.data import Corpus
-from spikelm_train.loop import Trainer
+from spikelm_train.hardware import Gauge
 from spikelm_train.objective import cross_entropy
 from spikelm_train.optim import make_optimizer
 from spikelm_train.parallel import make_accelerator
 from spikelm_train.report import Reporter
 from spikelm_train.texts.shards import Split
+from spikelm_train.trainer import Trainer
 
 TEXT_TOKENS = 200_000
 
@@ -132,12 +133,14 @@ def _ours(
     text = Split(ids.astype("<u4"), np.zeros(1, np.int64), len(ids))
     reporter = Reporter(folder, io.StringIO(), 0)
     corpus = Corpus(Tokenizer.bytes(), text, text)
-    trainer = Trainer(config, folder, corpus, make_accelerator(config), reporter)
+    accelerator = make_accelerator(config)
+    trainer = Trainer(config, folder, corpus, accelerator, reporter)
+    gauge = Gauge(config, accelerator.device, config.precision)
 
     def run() -> None:
         record = trainer.advance(0.0)
-        if record is not None and trainer.gauge:
-            reporter.progress({**record, **trainer.gauge.read(1.0, 1)})
+        if record is not None:
+            reporter.progress({**record, **gauge.read(1.0, 1)})
 
     return run, trainer.module
 

@@ -17,10 +17,10 @@ from spikelm.eval.tables import size
 from spikelm_train import cost, hardware
 from spikelm_train.config import TrainConfig
 from spikelm_train.data import prepare
-from spikelm_train.loop import Trainer
 from spikelm_train.optim import lr_factor
 from spikelm_train.parallel import make_accelerator, resolve_precision
 from spikelm_train.report import duration
+from spikelm_train.trainer import Trainer
 
 SAMPLED_BYTES = 4_000_000
 """Text that the two steps are run on, at most; the whole corpus may take hours to tokenise."""
