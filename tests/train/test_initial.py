@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,12 +112,20 @@ def test_stages_one_after_the_other(recipe: Recipe, tmp_path: Path) -> None:
     length = ["--set", "data.sequence_length=128", "--set", "micro_batch_size=1"]
     assert main([path, "--out", longer, "--set", f"init={first}", *length]) == 0
     talks = ["--data", str(dialogues), "--set", "data.messages_key=messages"]
-    assert main([path, "--out", chat, "--set", f"init={longer}", *talks, "--set", "steps=30"]) == 0
+    talks += ["--set", "steps=150", "--set", "data.sequence_length=64", "--set", "log_every=149"]
+    assert main([path, "--out", chat, "--set", f"init={longer}", *talks]) == 0
     losses = [record["loss"] for record in read_metrics(Path(chat)) if "loss" in record]
-    assert losses[-1] < 0.5 * losses[0]
-    assert main([path, "--out", chat, "--set", f"init={longer}", *talks, "--set", "steps=30"]) == 0
+    assert losses[-1] < 0.2 * losses[0]
+    assert main([path, "--out", chat, "--set", f"init={longer}", *talks]) == 0
     with pytest.raises(ConfigError, match="holds a run of another recipe"):
-        main([path, "--out", chat, "--set", f"init={first}", *talks, "--set", "steps=30"])
+        main([path, "--out", chat, "--set", f"init={first}", *talks])
+    # It takes turns, and stops where its turn ends.
+    asked = "Where is cat 3?\nWhere is cat 24?\n"
+    command = [sys.executable, "-m", "spikelm", "chat", chat, "--temperature", "0"]
+    shown = subprocess.run(command, input=asked, capture_output=True, text=True, check=True)
+    answers = [line for line in shown.stdout.splitlines() if "On mat" in line]
+    assert len(answers) == 2
+    assert all(re.fullmatch(r" ?On mat \d\.", answer) for answer in answers), shown.stdout
 
 
 @pytest.mark.parametrize("name", ["long-8k", "long-32k", "long-128k", "chat", "distill"])
