@@ -203,8 +203,10 @@ def _finish(trainer: Trainer, gauge: Gauge | None, seconds: float) -> None:
 
 def _introduce(trainer: Trainer) -> None:
     corpus, accelerator = trainer.corpus, trainer.accelerator
-    trained = sum(p.numel() for p in trainer.module.parameters() if p.requires_grad)
-    share = f" ({trained:,} trained)" if trained < trainer.num_parameters else ""
+    share = ""
+    if trainer.config.lora.rank:
+        trained = sum(p.numel() for p in trainer.module.parameters() if p.requires_grad)
+        share = f" ({trained:,} trained)"
     trainer.say(
         f"{trainer.num_parameters:,} parameters{share}, {len(corpus.train.tokens):,} training "
         f"tokens ({corpus.train.num_bytes:,} bytes), {trainer.tokens_per_step:,} tokens per step, "
