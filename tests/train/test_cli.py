@@ -44,7 +44,7 @@ def test_end_to_end(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.5
     assert [r["step"] for r in records if "validation_loss" in r] == [5, 10, 12]
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     loaded = checkpoint.load(out)
     assert loaded.model.config == load_recipe(str(out / "config.yaml")).model
     assert loaded.tokenizer.vocab_size == 257

@@ -114,6 +114,7 @@ def test_stages_one_after_the_other(recipe: Recipe, tmp_path: Path) -> None:
     talks = ["--data", str(dialogues), "--set", "data.messages_key=messages"]
     talks += ["--set", "steps=150", "--set", "data.sequence_length=64", "--set", "log_every=149"]
     assert main([path, "--out", chat, "--set", f"init={longer}", *talks]) == 0
+    assert f"| begins with | {longer} |" in (Path(chat) / "report.md").read_text()
     losses = [record["loss"] for record in read_metrics(Path(chat)) if "loss" in record]
     assert losses[-1] < 0.2 * losses[0]
     assert main([path, "--out", chat, "--set", f"init={longer}", *talks]) == 0

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
+from spikelm_train.curves import CURVES, draw_curves
 from spikelm_train.report import (
-    CURVE,
     METRICS,
     Reporter,
-    draw_curve,
     duration,
     progress_line,
     read_metrics,
@@ -106,7 +105,7 @@ def test_draw_writes_a_png_and_scalars(tmp_path: Path) -> None:
     reporter.record({"step": 1, "sample": "not a number"})
     reporter.draw()
     reporter.close()
-    assert (tmp_path / CURVE).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / CURVES).read_bytes().startswith(b"\x89PNG")
     events = next((tmp_path / "tensorboard").iterdir()).read_bytes()
     for tag in (b"loss", b"silent/ffn_hidden", b"dead/ffn_hidden", b"validation_bits_per_byte"):
         assert tag in events
@@ -137,6 +136,6 @@ def test_duration(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
 
 
-def test_draw_curve_without_records(tmp_path: Path) -> None:
-    draw_curve([], tmp_path / "empty.png")
+def test_draw_curves_without_records(tmp_path: Path) -> None:
+    draw_curves([], tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 0

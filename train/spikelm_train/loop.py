@@ -194,7 +194,8 @@ def _finish(trainer: Trainer, gauge: Gauge | None, seconds: float) -> None:
     trainer.save(seconds, finished=True)
     trainer.writer.finish()
     trainer.writer.close()
-    if gauge:
+    if trainer.reporter and gauge:
+        trainer.reporter.draw()
         write_summary(trainer.out, trainer.config, _facts(trainer, gauge, seconds))
     trainer.say(
         f"finished after {trainer.step} steps, {seconds:.0f} s; the model is in {trainer.out}"

@@ -1,4 +1,4 @@
-"""What a run says while it goes: a progress line, metrics.jsonl, trackers, a loss curve."""
+"""What a run says while it goes: a progress line, metrics.jsonl, trackers, curves."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from spikelm.eval.length import require_matplotlib
 from spikelm.eval.tables import size
+from spikelm_train.curves import CURVES, draw_curves
 from spikelm_train.trackers import open_trackers
 
-METRICS, CURVE = "metrics.jsonl", "loss.png"
+METRICS = "metrics.jsonl"
 
 
 class Reporter:
@@ -62,10 +62,10 @@ class Reporter:
             tracker.record(record["step"], numbers)
 
     def draw(self) -> None:
-        """Writes the loss curve of the whole run so far."""
+        """Writes the curves of the whole run so far."""
         for tracker in self._trackers:
             tracker.flush()
-        draw_curve(read_metrics(self.out), self.out / CURVE)
+        draw_curves(read_metrics(self.out), self.out / CURVES)
 
     def close(self) -> None:
         if self.updates:
@@ -127,27 +127,3 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in lines if line.endswith("}\n")]
-
-
-def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
-    """Bits per byte against steps as a PNG: training as a line, validation as points."""
-    figure = require_matplotlib()(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    plot_bits(axes, records)
-    axes.set_xlabel("step")
-    figure.savefig(path, dpi=120)
-
-
-def plot_bits(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
-    """Bits per byte against steps: training as a line, validation as points."""
-    for key, style, label in (
-        ("bits_per_byte", "-", "training"),
-        ("validation_bits_per_byte", "o", "validation"),
-    ):
-        points = [(r["step"], r[key]) for r in records if key in r]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
-    axes.set_ylabel("bits per byte")
-    axes.grid(alpha=0.3)
-    if axes.has_data():
-        axes.legend()

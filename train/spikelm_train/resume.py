@@ -6,8 +6,8 @@ checkpoints/          everything to continue, by step
 best/                 the model with the lowest validation loss, if the recipe keeps it
 tokenizer/            of the text, and of every checkpoint
 teacher.json          whom a distilled run learns from
-metrics.jsonl  loss.png  tensorboard/  wandb/  tracker.json  profile/
-report.md  curves.png  the finished run on one page
+metrics.jsonl  curves.png  tensorboard/  wandb/  tracker.json  profile/
+report.md             the finished run on one page
 config.json  model.safetensors  tokenizer.json ...   the trained model, at the end
 adapter/              and what was added to the model it began with, of low rank
 """
@@ -45,7 +45,6 @@ RUN_FILES = (
     TOKENIZER,
     "data",
     "metrics.jsonl",
-    "loss.png",
     "tensorboard",
     "wandb",
     "tracker.json",

@@ -1,4 +1,4 @@
-"""A finished run on one page: OUT/report.md and OUT/curves.png.
+"""A finished run on one page, beside its curves: OUT/report.md.
 
 Everything but the machine is read from the run's folder, so a run that was interrupted and
 continued has the curves of the whole.
@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spikelm.eval.length import require_matplotlib
 from spikelm.eval.tables import size
 from spikelm_train.config import TrainConfig
+from spikelm_train.curves import CURVES, Records
 from spikelm_train.experiments.provenance import provenance
-from spikelm_train.report import duration, plot_bits, read_metrics
+from spikelm_train.report import duration, read_metrics
 
-REPORT, CURVES = "report.md", "curves.png"
-
-Records = Sequence[Mapping[str, Any]]
+REPORT = "report.md"
 
 
 def write_summary(out: Path, config: TrainConfig, facts: Mapping[str, Any]) -> None:
@@ -28,11 +26,8 @@ def write_summary(out: Path, config: TrainConfig, facts: Mapping[str, Any]) -> N
 
     `facts`: parameters, training_tokens, training_bytes, tokens_per_step, flops_per_token,
     peak_flops, peak_source, device, processes, precision, steps, seconds.
-
-    Raises: MissingExtraError without matplotlib.
     """
     records = read_metrics(out)
-    draw_curves(records, out / CURVES)
     page = summary_page(out, config, facts, records)
     staging = out / f"{REPORT}.tmp"
     staging.write_text(page, encoding="utf-8")
@@ -78,7 +73,6 @@ def _trained(config: TrainConfig, facts: Mapping[str, Any]) -> dict[str, str]:
     tokens = facts["steps"] * facts["tokens_per_step"]
     kinds = {m: model.mixers.count(m) for m in dict.fromkeys(model.mixers)}
     layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    sources = ", ".join(config.data.sources) or "the built-in corpus"
     commit = "outside a git checkout"
     if origin["commit"]:
         commit = origin["commit"][:12] + (" and changes" if origin["dirty"] else "")
@@ -91,8 +85,9 @@ def _trained(config: TrainConfig, facts: Mapping[str, Any]) -> dict[str, str]:
         f"{tokens / facts['training_tokens']:.2f} times the text",
         "FLOPs": f"{facts['flops_per_token'] * tokens:.3e} "
         f"({facts['flops_per_token'] / 1e6:,.1f} M per token)",
-        "data": f"{sources}: {facts['training_tokens']:,} tokens, "
+        "data": f"{_text(config)}: {facts['training_tokens']:,} tokens, "
         f"{facts['training_bytes']:,} bytes",
+        **({"begins with": config.init} if config.init else {}),
         "optimiser": f"{config.optim.name}, learning rate {config.optim.lr:g}, "
         f"{config.optim.schedule}",
         "precision": facts["precision"],
@@ -104,6 +99,17 @@ def _trained(config: TrainConfig, facts: Mapping[str, Any]) -> dict[str, str]:
         "commit": commit,
         "finished": origin["time"],
     }
+
+
+def _text(config: TrainConfig) -> str:
+    """Where the training text is from."""
+    data = config.data
+    if data.mixture:
+        sets = (
+            f"{part.prepared or ' '.join(part.sources)} ({part.weight:g})" for part in data.mixture
+        )
+        return ", ".join(sets)
+    return data.prepared or ", ".join(data.sources) or "the built-in corpus"
 
 
 def _result(records: Records) -> dict[str, str]:
@@ -147,37 +153,3 @@ def _times(records: Records, facts: Mapping[str, Any]) -> dict[str, str]:
             rows["MFU"] = f"{used[len(used) // 2]:.1%}, median; of {facts['peak_source']}"
             rows["peak memory"] = size(max(r.get("memory_bytes", 0) for r in logged))
     return rows
-
-
-def draw_curves(records: Records, file: Path) -> None:
-    """Six panels against steps: bits per byte, learning rate, gradient norm, silence by class, dead
-    channels, tokens/s. Raises: MissingExtraError.
-    """
-    figure = require_matplotlib()(figsize=(12, 6.5), layout="constrained")
-    panels = figure.subplots(2, 3)
-    plot_bits(panels[0, 0], records)
-    for axes, key, title in (
-        (panels[0, 1], "lr", "learning rate"),
-        (panels[0, 2], "gradient_norm", "gradient norm"),
-        (panels[1, 0], "silent", "silent fraction"),
-        (panels[1, 1], "dead", "dead channels"),
-        (panels[1, 2], "tokens_per_second", "tokens per second"),
-    ):
-        _plot(axes, [(r["step"], r[key]) for r in records if key in r])
-        axes.set_ylabel(title)
-        axes.grid(alpha=0.3)
-    for axes in panels[1]:
-        axes.set_xlabel("step")
-    figure.savefig(file, dpi=110)
-
-
-def _plot(axes: Any, points: Sequence[tuple[int, Any]]) -> None:
-    """One line, or one per class."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for step, value in points:
-        for name, number in (value if isinstance(value, Mapping) else {"": value}).items():
-            lines.setdefault(name, []).append((step, number))
-    for name, line in lines.items():
-        axes.plot(*zip(*line, strict=True), label=name or None, linewidth=1)
-    if any(lines):
-        axes.legend(fontsize=7)
