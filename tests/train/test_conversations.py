@@ -218,6 +218,13 @@ def test_a_template_that_changes_the_beginning_is_refused(tmp_path: Path) -> Non
         encoded(tmp_path, [talk("a", "b", "c", "d")], tokenizer)
 
 
+def test_a_template_that_ends_turns_with_the_separator_is_refused(tmp_path: Path) -> None:
+    source = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer = Tokenizer.bytes().with_chat_template(source)
+    with pytest.raises(DataError, match="writes the token that separates documents"):
+        encoded(tmp_path, [talk("a", "b")], tokenizer)
+
+
 def test_text_files_have_no_conversations(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Hello")
     text = Text(DataConfig(sources=(str(tmp_path / "a.txt"),), messages_key="messages"))

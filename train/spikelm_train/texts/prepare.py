@@ -398,5 +398,11 @@ def _encode(tokenizer: Tokenizer, task: Task) -> Encoded:
             ids += tokenizer.encode(text, continues=not begins)
         for index, (part, answer) in enumerate(turns):
             found = tokenizer.encode(part, special=True, continues=index > 0)
+            if tokenizer.eos_id in found:
+                raise DataError(
+                    "the chat template writes the token that separates documents into "
+                    "conversations: a model forgets there what was before; give another "
+                    "tokenizer.chat_template, or another tokenizer.eos"
+                )
             ids += found if answer else [~token for token in found]
     return side, np.array(ids, np.int64), np.array(starts, np.int64)
