@@ -155,3 +155,9 @@ def test_pretraining_is_a_recipe(tmp_path: Path) -> None:
         load_recipe("pretrain")
     config = load_recipe("pretrain", ["data.prepared=null", "tokenizer={kind: bytes}"])
     assert config.model.num_layers == 24
+
+
+def test_a_run_is_not_begun_over_the_model_it_begins_with(begun: Path, stage: Path) -> None:
+    with pytest.raises(ConfigError, match="this run's own folder; use another --out"):
+        main([str(stage), "--out", str(begun), "--set", f"init={begun}", "--fresh"])
+    assert (begun / "model.safetensors").is_file()

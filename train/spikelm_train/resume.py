@@ -88,6 +88,11 @@ def claim(
     Raises: ConfigError for a folder that is not writable, another model's, a run of another
     recipe, or one that these processes cannot continue.
     """
+    for key, given in (("init", config.init), ("distill.teacher", config.distill.teacher)):
+        if given is not None and Path(given).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"{key}: {given} is in {out}, this run's own folder; use another --out"
+            )
     foreign = [name for name in MODEL_FILES + RUN_FILES if (out / name).exists()]
     if foreign and not _is_run(out):
         raise ConfigError(

@@ -87,7 +87,9 @@ class Trainer:
         self.rounding = Rounding(self.module, config.quantise_at)
         self.distillation = self._distillation()
         learned = self.distillation.map if self.distillation else None
-        self.silence = Silence(self.module.neurons(), config.silence_rate, config.revive_after)
+        # An adapter is for a model whose neurons are as they were.
+        steered = (0.0, 0) if config.lora.rank else (config.silence_rate, config.revive_after)
+        self.silence = Silence(self.module.neurons(), *steered)
         self.silence.penalise = config.l1_hidden > 0
         extra = () if learned is None else learned.parameters()
         self.parallel = make_parallel(strategy, accelerator, self.module, config, extra)
