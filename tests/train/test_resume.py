@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from spikelm.cli import main
 from spikelm.errors import CheckpointError, ConfigError
 from spikelm_train.checkpoints import Position, Writer, find, kept_steps, load, read_position
 from spikelm_train.config import TrainConfig, load_recipe
-from spikelm_train.resume import Interruption, claim
+from spikelm_train.resume import Interruption, begun, claim, occupied
 
 
 @pytest.fixture
@@ -96,9 +100,84 @@ def test_fresh_deletes_the_run_and_nothing_else(tmp_path: Path, config: TrainCon
     (tmp_path / "notes.txt").write_text("mine")
     changed = dataclasses.replace(config, seed=3)
     assert claim(tmp_path, changed, fresh=True, num_processes=1) is None
+    assert kept_steps(tmp_path) == []
+    begun(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".jsonl") == sorted(
         ["config.yaml", "notes.txt", "recipe.yaml"]
     )
+
+
+def kept(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_fresh_that_cannot_begin_keeps_the_run(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["train", str(recipe()), "--out", str(out)]
+    assert main([*command, "--set", "steps=2"]) == 0
+    before = kept(out)
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    for wrong in (["--data", str(short)], ["--set", "data.sequence_length=99999"]):
+        assert main([*command, "--fresh", *wrong]) == 2
+        assert kept(out) == before
+    assert main([*command, "--fresh", "--set", "steps=1"]) == 0
+    assert (
+        kept(out).keys() - before.keys()
+        == {p for p in kept(out) if p.startswith(("checkpoints", "tensorboard"))} - before.keys()
+    )
+    assert kept_steps(out) == [1]
+
+
+@pytest.mark.parametrize("moved", [1, 2, 99])
+def test_a_killed_fresh_loses_nothing(tmp_path: Path, config: TrainConfig, moved: int) -> None:
+    out = tmp_path / "run"
+    claim(out, config, fresh=False, num_processes=1)
+    checkpoint(out, 7)
+    for name in ("data", "metrics.jsonl"):
+        (out / name).write_text(name)
+    before = kept(out)
+    with pytest.MonkeyPatch.context() as patch:
+        renames = itertools.count()
+        rename = Path.rename
+
+        def killed(here: Path, there: Path) -> Path:
+            if next(renames) == moved:
+                raise KeyboardInterrupt
+            return rename(here, there)
+
+        patch.setattr(Path, "rename", killed)
+        with contextlib.suppress(KeyboardInterrupt):
+            claim(out, dataclasses.replace(config, seed=3), fresh=True, num_processes=1)
+            (out / "data").write_text("half of it")
+            (out / "teacher.json").write_text("new")
+        assert kept(out) != before
+    with occupied(out):
+        assert {n: x for n, x in kept(out).items() if n != ".training.lock"} == before
+    assert kept(out) == before
+
+
+def test_a_run_folder_has_one_command(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with occupied(out):
+        for extra in ([], ["--fresh"]):
+            found = subprocess.run(
+                [sys.executable, "-m", "spikelm", "train", recipe(), "--out", out, *extra],
+                capture_output=True,
+                text=True,
+            )
+            assert found.returncode == 2
+            assert "another command is training in" in found.stderr
+            assert found.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_what_is_no_folder_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("a file")
+    with occupied(out):
+        pass
+    assert out.read_text() == "a file"
 
 
 @pytest.mark.parametrize("fresh", [False, True])

@@ -44,47 +44,55 @@ def train(
     0 when the trained model is in `out`; 130 or 143 when SIGINT or SIGTERM ended the run after a
     checkpoint.
 
-    Raises: ConfigError, DataError for input that cannot be used; SpikelmError if the loss stops
+    Raises: ConfigError, DataError for input that cannot be used, and if another command trains in
+    `out`; SpikelmError if the loss stops
     being finite, or the last checkpoint cannot be written.
     """
     strategy = launched_strategy(shard)
     accelerator = make_accelerator(config, strategy)
     is_main: bool = accelerator.is_main_process
     check_context(config, context, accelerator.num_processes, strategy)
-    with accelerator.main_process_first():
-        position = resume.claim(
-            out,
-            config,
-            fresh=fresh and is_main,
-            num_processes=accelerator.num_processes,
-            strategy=strategy,
-            step=step,
-            context=context,
+    # The first process of a run keeps its folder for all of them.
+    with resume.occupied(out) if is_main else contextlib.nullcontext():
+        with accelerator.main_process_first():
+            position = resume.claim(
+                out,
+                config,
+                fresh=fresh and is_main,
+                num_processes=accelerator.num_processes,
+                strategy=strategy,
+                step=step,
+                context=context,
+            )
+            if position and position.finished and (out / checkpoint.WEIGHTS).is_file():
+                if is_main:
+                    stream.write(
+                        f"{out} is finished after {position.step} steps; --fresh starts it over\n"
+                    )
+                return 0
+            begins = is_main and position is None
+            with resume.undone_if_it_fails(out, begins):
+                corpus = prepare(config, corpus_folder or out / "data")
+        begun, rows = (position.step, position.rows) if position else (0, None)
+        reporter = (
+            Reporter(out, stream, begun, config.report_to, to_dict(config)) if is_main else None
         )
-        if position and position.finished and (out / checkpoint.WEIGHTS).is_file():
-            if is_main:
-                stream.write(
-                    f"{out} is finished after {position.step} steps; --fresh starts it over\n"
+        try:
+            with resume.undone_if_it_fails(out, begins):
+                trainer = Trainer(
+                    config, out, corpus, accelerator, reporter, strategy, rows, context
                 )
-            return 0
-        begins = is_main and position is None
-        with resume.discarding(out, begins):
-            corpus = prepare(config, corpus_folder or out / "data")
-    begun = position.step if position else 0
-    reporter = Reporter(out, stream, begun, config.report_to, to_dict(config)) if is_main else None
-    try:
-        rows = position.rows if position else None
-        with resume.discarding(out, begins):
-            trainer = Trainer(config, out, corpus, accelerator, reporter, strategy, rows, context)
-        if position:
-            trainer.load(position)
-        if step is not None and is_main:
-            # The run goes another way from here on.
-            checkpoints.forget_after(out, step)
-        return run(trainer, profile)
-    finally:
-        if reporter:
-            reporter.close()
+            if begins:
+                resume.begun(out)
+            if position:
+                trainer.load(position)
+            if step is not None and is_main:
+                # The run goes another way from here on.
+                checkpoints.forget_after(out, step)
+            return run(trainer, profile)
+        finally:
+            if reporter:
+                reporter.close()
 
 
 def run(trainer: Trainer, profile: int = 0) -> int:

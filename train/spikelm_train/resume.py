@@ -10,6 +10,8 @@ metrics.jsonl  curves.png  tensorboard/  wandb/  tracker.json  profile/
 report.md             the finished run on one page
 config.json  model.safetensors  tokenizer.json ...   the trained model, at the end
 adapter/              and what was added to the model it began with, of low rank
+.training.lock        there is a command at work here
+.earlier/             the run that --fresh is about to replace
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from spikelm.config import from_dict, load_yaml, save_yaml, to_dict
 from spikelm.errors import ConfigError
@@ -30,6 +34,7 @@ from spikelm_train.checkpoints import Position
 from spikelm_train.config import TrainConfig, differences
 
 CONFIG, BEST, TEACHER, TOKENIZER = "config.yaml", "best", "teacher.json", "tokenizer"
+LOCK, EARLIER = ".training.lock", ".earlier"
 MODEL_FILES = (
     "config.json",
     "generation_config.json",
@@ -54,6 +59,9 @@ RUN_FILES = (
     lora.FOLDER,
 )
 
+# While the recipe is there, the folder is recognised as a run.
+_CONFIG_LAST = (*(n for n in MODEL_FILES + RUN_FILES if n != CONFIG), CONFIG)
+
 OBSERVATION = (
     "log_every",
     "eval_every",
@@ -70,6 +78,36 @@ OBSERVATION = (
 """Keys of a recipe that change nothing in the weights: a run may continue with others."""
 
 
+@contextlib.contextmanager
+def occupied(out: Path) -> Iterator[None]:
+    """Keeps other commands from training in `out` while open; leaves no empty folder. What one that
+    was killed had set aside comes back.
+
+    A folder that cannot be written needs no keeping. Raises: ConfigError if one is at work there.
+    """
+    lock = FileLock(out / LOCK)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ConfigError(
+            f"another command is training in {out}; wait for its end, stop it (each of its "
+            "processes, if a launcher was killed), or use another --out"
+        ) from None
+    except OSError:
+        yield
+        return
+    try:
+        _put_back(out)
+        yield
+    finally:
+        # While it is held, so that nobody else's is deleted.
+        with contextlib.suppress(OSError):
+            (out / LOCK).unlink()
+            out.rmdir()
+        lock.release()
+
+
 def claim(
     out: Path,
     config: TrainConfig,
@@ -82,17 +120,13 @@ def claim(
 ) -> Position | None:
     """Makes `out` the folder of this run; where to continue, or None at the beginning.
 
-    It continues at the newest checkpoint or that of `step`. `fresh` deletes what an earlier run
-    wrote, and nothing else. `context` processes share a row.
+    It continues at the newest checkpoint or that of `step`. `fresh` sets what an earlier run wrote
+    aside, and nothing else, until the new one has `begun`. `context` processes share a row.
 
     Raises: ConfigError for a folder that is not writable, another model's, a run of another
     recipe, or one that these processes cannot continue.
     """
-    for key, given in (("init", config.init), ("distill.teacher", config.distill.teacher)):
-        if given is not None and Path(given).resolve().is_relative_to(out.resolve()):
-            raise ConfigError(
-                f"{key}: {given} is in {out}, this run's own folder; use another --out"
-            )
+    _check_needed(out, config)
     foreign = [name for name in MODEL_FILES + RUN_FILES if (out / name).exists()]
     if foreign and not _is_run(out):
         raise ConfigError(
@@ -100,7 +134,7 @@ def claim(
         )
     try:
         if fresh and (out / CONFIG).exists():
-            _remove(out, RUN_FILES + MODEL_FILES)
+            _set_aside(out)
         found = checkpoints.find(out, step)
         if found is None:
             out.mkdir(parents=True, exist_ok=True)
@@ -112,6 +146,17 @@ def claim(
     position = checkpoints.read_position(found)
     _check_processes(out, config, position, num_processes, strategy, context)
     return position
+
+
+def _check_needed(out: Path, config: TrainConfig) -> None:
+    """Raises: ConfigError for a folder that the run reads and would write over."""
+    prepared = [config.data.prepared, *(part.prepared for part in config.data.mixture)]
+    needed = [("init", config.init), ("distill.teacher", config.distill.teacher)]
+    for key, given in needed + [("data.prepared", folder) for folder in prepared]:
+        if given is not None and Path(given).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(
+                f"{key}: {given} is in {out}, this run's own folder; use another --out"
+            )
 
 
 def _check_processes(
@@ -148,16 +193,45 @@ def _check_processes(
 
 
 @contextlib.contextmanager
-def discarding(out: Path, begins: bool) -> Iterator[None]:
-    """If this fails at the beginning of a run, what the run wrote goes, and its empty folder."""
+def undone_if_it_fails(out: Path, begins: bool) -> Iterator[None]:
+    """A part of the beginning of a run: if it fails, what the run wrote goes, and an earlier run
+    comes back.
+    """
     try:
         yield
     except BaseException:
         if begins:
             _remove(out, RUN_FILES)
-            with contextlib.suppress(OSError):
-                out.rmdir()
+            _put_back(out)
         raise
+
+
+def begun(out: Path) -> None:
+    """Deletes the earlier run: the one that takes its place can train."""
+    shutil.rmtree(out / EARLIER, ignore_errors=True)
+
+
+def _set_aside(out: Path) -> None:
+    (out / EARLIER).mkdir()
+    _move(out, out / EARLIER)
+
+
+def _put_back(out: Path) -> None:
+    """Undoes `_set_aside`, also one that was cut off."""
+    earlier = out / EARLIER
+    if not earlier.is_dir():
+        return
+    if (earlier / CONFIG).exists() and (out / CONFIG).exists():
+        # That of a run that had not begun.
+        _remove(out, RUN_FILES)
+    _move(earlier, out)
+    earlier.rmdir()
+
+
+def _move(here: Path, there: Path) -> None:
+    for name in _CONFIG_LAST:
+        if (here / name).exists():
+            (here / name).rename(there / name)
 
 
 def _is_run(out: Path) -> bool:
@@ -181,9 +255,8 @@ def _check_same(out: Path, config: TrainConfig) -> None:
         )
 
 
-def _remove(out: Path, names: tuple[str, ...]) -> None:
-    # The recipe goes last: while it is there, the folder is recognised as a run.
-    for name in (*(n for n in names if n != CONFIG), CONFIG):
+def _remove(out: Path, names: Sequence[str]) -> None:
+    for name in (n for n in _CONFIG_LAST if n in names):
         path = out / name
         if path.is_dir():
             shutil.rmtree(path)
