@@ -154,6 +154,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a spikelm folder as plain data."""
     if not folder.is_dir():
         raise CheckpointError(f"no model folder at {folder}; give a folder that holds config.json")
+    if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} is a training run that is not finished; continue it, or make a model of its "
+            f"last checkpoint: spikelm export {folder} --out MODEL"
+        )
     config = _read_json(folder / "config.json")
     if config.get("model_type") != MODEL_TYPE:
         raise CheckpointError(

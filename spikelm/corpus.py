@@ -196,6 +196,9 @@ class Piece(NamedTuple):
     """Of a conversation the parts that `text` consists of, and whether each is an answer."""
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who speaks in a conversation."""
+
 Messages = list[dict[str, str]]
 """A conversation: `role` and `content` of its messages."""
 
@@ -217,6 +220,8 @@ class Faults:
     """Files, or rows of tables, that were unreadable."""
     empty: int = 0
     """Documents without text."""
+    unanswered: int = 0
+    """Conversations without an answer."""
     first: list[str] = field(default_factory=list)
     """What was wrong with the first ones that were skipped."""
 
@@ -273,8 +278,8 @@ def read_conversations(
     """The conversations in the field `key` of the sources' rows, and where each one is.
 
     A source is what `read_documents` takes, but no text file. A conversation is a list of objects
-    with a `role` and a `content`; other fields are passed over. Those in which nobody answers count
-    as empty in `faults`.
+    with a `role`, one of ROLES, and a `content`; other fields are passed over. Those in which
+    nobody answers are left out and counted in `faults`.
 
     Raises: as `read_documents`.
     """
@@ -296,7 +301,7 @@ def read_conversations(
                     empty = False
                     yield messages, where
                 else:
-                    faults.empty += 1
+                    faults.unanswered += 1
     if empty:
         raise DataError(f"no answers of an assistant in {', '.join(name for name, _ in found)}")
 
@@ -312,6 +317,8 @@ def _message(message: object, what: str) -> dict[str, str]:
     role, content = given.get("role"), given.get("content")
     if not isinstance(role, str) or not isinstance(content, str):
         raise DataError(f"{what} needs messages with a role and a content, got {message!r:.60}")
+    if role not in ROLES:
+        raise DataError(f"{what}: role {role!r:.60} given; allowed: {', '.join(ROLES)}")
     return {"role": role, "content": content}
 
 

@@ -27,9 +27,10 @@ class ChatTemplate:
     stop: tuple[str, ...]
     """Strings that end an answer, besides the end-of-document token."""
 
-    def __init__(
-        self, source: str = BASE_CHAT_TEMPLATE, tokenizer: Tokenizer | None = None
-    ) -> None:
+    def __init__(self, source: str | None = None, tokenizer: Tokenizer | None = None) -> None:
+        """Without `source` the tokenizer's template, or the default for base models."""
+        if source is None:
+            source = (tokenizer and tokenizer.chat_template) or BASE_CHAT_TEMPLATE
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
         )
@@ -50,7 +51,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer | None = None) -> ChatTemplate:
-        """The folder's `chat_template.jinja`, or the default for base models.
+        """The folder's `chat_template.jinja`, else the tokenizer's or the default.
 
         With the folder's tokenizer, the special tokens are its own.
         """
@@ -114,10 +115,20 @@ class ChatTemplate:
             done = end
         return parts
 
+    def ends(self, answer: str) -> bool:
+        """Whether a chat would stop within `answer`, one that `turns` gave."""
+        tokenizer = self._tokenizer
+        ids = set() if tokenizer is None else set(tokenizer.encode(answer, special=True))
+        return bool(self.stop) or (tokenizer is not None and bool(ids & tokenizer.stop_ids))
+
     def _marked(self, message: Mapping[str, str]) -> dict[str, str]:
+        given = dict(message)
+        if given["role"] == "developer":
+            # OpenAI renamed the role; templates know the old name.
+            given["role"] = "system"
         if self._tokenizer is None:
-            return dict(message)
-        return {key: self._tokenizer.as_text(value) for key, value in message.items()}
+            return given
+        return {key: self._tokenizer.as_text(value) for key, value in given.items()}
 
 
 def _raise(message: str) -> NoReturn:

@@ -10,6 +10,7 @@ import reprlib
 from dataclasses import dataclass
 from typing import NoReturn
 
+from spikelm.corpus import ROLES
 from spikelm.errors import RequestError
 from spikelm.sampling import SamplingParams
 from spikelm_serve.strict_json import Json, parse_object
@@ -25,7 +26,6 @@ MAX_TOKENS = 1_000_000
 COMPLETION_TOKENS = 16
 CHAT_TOKENS = 256
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _NUMBERS = (
     "temperature",
@@ -219,8 +219,7 @@ def _message(value: object, where: str) -> Message:
         content = "".join(_part(p, f"{where}.content[{i}]") for i, p in enumerate(content))
     if not isinstance(content, str):
         _refuse(f"{where}.content", content, "a string or a list of text parts")
-    # OpenAI renamed the role; templates know the old name.
-    return Message(role="system" if role == "developer" else role, content=content)
+    return Message(role=role, content=content)
 
 
 def _part(part: object, where: str) -> str:

@@ -81,7 +81,7 @@ def test_prompts(prompt: Any, expected: Any) -> None:
 def test_messages() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [
-        {"role": "developer", "content": "be brief"},
+        {"role": "system", "content": "be brief"},
         {"role": "user", "content": parts, "name": "me"},
     ]
     assert chat(messages=messages).messages == (

@@ -192,6 +192,7 @@ def test_conversations_beside_text(recipe: Recipe, dialogues: Path, text: Path) 
         ({"messages": [{"role": "user"}]}, "needs messages with a role and a content"),
         ({"messages": [{"role": "user", "content": None}]}, "needs messages with a role"),
         ({"messages": talk("nobody answers")}, "no answers of an assistant"),
+        ({"messages": [{"role": "gpt", "content": "a"}]}, "role 'gpt' given; allowed: system, "),
     ],
 )
 def test_bad_conversations(row: Any, message: str, tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_bad_conversations_can_be_skipped(tmp_path: Path, dialogues: Path) -> No
     data = DataConfig(sources=(str(dialogues),), messages_key="messages", on_error="skip")
     text = Text(data)
     assert len(list(text.read("reading"))) == 40
-    assert (text.faults.skipped, text.faults.empty) == (1, 1)
+    assert (text.faults.skipped, text.faults.unanswered) == (1, 1)
 
 
 def test_a_template_that_changes_the_beginning_is_refused(tmp_path: Path) -> None:
@@ -258,6 +259,86 @@ def test_prepared_ahead_with_its_template(
     assert Tokenizer.load(tmp_path / "model").chat_template == CHATML
     with pytest.raises(ConfigError, match="tokenizer.chat_template: cannot read it"):
         main([*command[:3], str(tmp_path / "x"), *arguments, "--chat-template", "missing.jinja"])
+
+
+def prepared(tmp_path: Path, dialogues: Path, *more: str) -> Path:
+    out = tmp_path / "prepared"
+    arguments = ["--tokenizer", "bytes", "--messages-key", "messages", "--workers", "1", *more]
+    assert main(["prepare", str(dialogues), "--out", str(out), *arguments]) == 0
+    return out
+
+
+def test_prepared_conversations_are_not_given_another_template(
+    tmp_path: Path, dialogues: Path, text: Path, make: Make
+) -> None:
+    one, two = tmp_path / "one.jinja", tmp_path / "two.jinja"
+    one.write_text(CHATML)
+    two.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    talks = f"data.prepared={prepared(tmp_path, dialogues, '--chat-template', str(one))}"
+    trainer = make("data.sources=[]", talks, "data.messages_key=messages")
+    assert trainer.corpus.tokenizer.chat_template == CHATML
+    with pytest.raises(ConfigError, match=r"prepared with another one; .* --chat-template"):
+        make("data.sources=[]", talks, f"tokenizer.chat_template={two}")
+    out = str(tmp_path / "text")
+    assert main(["prepare", str(text), "--out", out, "--tokenizer", "bytes"]) == 0
+    with pytest.raises(ConfigError, match="was prepared as text; prepare it with --messages-key"):
+        make("data.sources=[]", f"data.prepared={out}", "data.messages_key=messages")
+    trainer = make("data.sources=[]", f"data.prepared={out}", f"tokenizer.chat_template={two}")
+    assert trainer.corpus.tokenizer.chat_template == two.read_text()
+
+
+def test_data_takes_the_place_of_prepared_texts(
+    tmp_path: Path, dialogues: Path, recipe: Recipe
+) -> None:
+    folder = str(prepared(tmp_path, dialogues))
+    path = str(recipe(data={"sources": [], "prepared": folder}))
+    assert load_recipe(path).data.prepared == folder
+    data = load_recipe(path, (), [str(dialogues)]).data
+    assert (data.prepared, data.sources) == (None, (str(dialogues),))
+    with pytest.raises(ConfigError, match="one of sources, prepared and mixture"):
+        load_recipe(path, [f"data.prepared={folder}"], [str(dialogues)])
+
+
+def test_a_template_whose_answers_have_no_end_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoded(tmp_path, [talk("a", "b")], Tokenizer.bytes())
+    assert not caplog.text
+    encoded(tmp_path, [talk("a", "b")], Tokenizer.bytes().with_chat_template(CHATML))
+    assert r"ends an answer with 'b<|im_end|>\n', where a chat does not stop" in caplog.text
+
+
+@pytest.mark.parametrize("sampling", ["packed", "carried"])
+def test_a_step_without_answers_changes_nothing(make: Make, tmp_path: Path, sampling: str) -> None:
+    path = write(tmp_path / "long.jsonl", [talk(f"word {i} " * 400, "b") for i in range(4)])
+    settings = chats(path, f"data.sampling={sampling}", "micro_batch_size=1", "l1_hidden=0.1")
+    trainer = make(*settings, "data.validation_fraction=0.3")
+    trainer.step = next(s for s in range(9) if (trainer.sampler.rows(s, 0, 1) < 0).all())
+    step, carried = trainer.step, trainer.carried and trainer.carried.state_dict()
+    before = {name: tensor.clone() for name, tensor in trainer.module.state_dict().items()}
+    assert trainer.advance(0.0) is None
+    assert trainer.step == step + 1
+    torch.testing.assert_close(trainer.module.state_dict(), before, rtol=0, atol=0)
+    if trainer.carried:
+        assert trainer.carried.state_dict() != carried, "the state has gone on"
+
+
+def test_the_run_says_what_is_learned_and_cut(
+    recipe: Recipe, dialogues: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(recipe()), "--out", str(tmp_path / "run"), "--set", "steps=1"]
+    command += ["--data", str(dialogues), "--set", "data.messages_key=messages"]
+    command += ["--set", "data.sampling=packed", "--set", "data.sequence_length=80"]
+    command += ["--set", "sample_every=1", "--set", "sample_prompt=Who?"]
+    assert train(command) == 0
+    shown = capsys.readouterr().out
+    corpus = prepare(load_recipe(str(tmp_path / "run" / "config.yaml")), tmp_path / "run" / "data")
+    tokens = corpus.train.tokens[:]
+    assert f"{(tokens >= 0).mean():.0%} learned; {corpus.validation.num_bytes} held out" in shown
+    longer = int((np.diff(corpus.train.starts, append=len(tokens)) > 80).sum())
+    assert 0 < longer < corpus.train.num_documents
+    assert f"{longer} of {corpus.train.num_documents} conversations are longer than a row" in shown
+    assert r"sample: 'User: Who?\n\nAssistant:" in shown
 
 
 def test_a_special_token_in_a_message_is_text(tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def test_joined_tokens_are_one_sequence() -> None:
         for stop in range(14):
             assert np.array_equal(joined[start:stop], whole[start:stop])
     assert np.array_equal(joined[:], whole)
-    splits = [Split(part, np.array([0, len(part) - 1]), 10) for part in parts]
+    splits = [Split(part, np.array([0, len(part) - 1]), 10, len(part)) for part in parts]
     both = Split.join([splits[0], splits[2]])
     assert both.starts.tolist() == [0, 4, 5, 11]
     assert (both.num_documents, both.num_bytes) == (4, 20)

@@ -66,6 +66,14 @@ def test_a_short_text_that_stands_alone_is_cut() -> None:
     assert 0.02 * len(text) <= sum(map(len, validation)) < 0.12 * len(text)
 
 
+def test_a_text_of_few_blocks_holds_out_no_more_than_asked() -> None:
+    text = "".join(f"Sentence {i} of a text.\n\n" for i in range(6000))
+    assert 2 * BLOCK_CHARACTERS < len(text) < 3 * BLOCK_CHARACTERS
+    for fraction in (0.02, 0.1, 0.9):
+        _, validation, _ = split([text], fraction)
+        assert fraction <= sum(map(len, validation)) / len(text) < 1.3 * fraction
+
+
 @pytest.mark.parametrize("documents", [["one"], ["same", "same"], ["same", " same\n"]])
 def test_it_needs_two_texts(documents: list[str]) -> None:
     with pytest.raises(DataError, match="cannot be split into training and validation"):

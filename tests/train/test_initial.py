@@ -15,6 +15,7 @@ import torch
 from spikelm import checkpoint
 from spikelm.conversion.convert import convert
 from spikelm.errors import ConfigError, DataError
+from spikelm.tokenizer import Tokenizer
 from spikelm_train.cli import main
 from spikelm_train.config import load_recipe
 from spikelm_train.report import read_metrics
@@ -32,6 +33,11 @@ def begun(make: Make, tmp_path: Path) -> Path:
         trainer.advance(0.0)
     trainer.export(tmp_path / "model")
     return tmp_path / "model"
+
+
+def write_tokenizer(tmp_path: Path) -> Path:
+    Tokenizer.train_bpe(["another text"] * 9, 260).save(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
 
 
 @pytest.fixture
@@ -89,6 +95,12 @@ def test_a_preset_takes_the_weights_where_they_fit(begun: Path, stage: Path, mak
 def test_what_cannot_be_begun_with(begun: Path, stage: Path, make: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="init: no model folder at missing"):
         load_recipe(str(stage), ["init=missing"])
+    with pytest.raises(ConfigError, match=r"not finished; continue it, or .* spikelm export"):
+        load_recipe(str(stage), [f"init={tmp_path / 'first'}"])
+    for other in ("{kind: bpe}", f"{{kind: file, path: {write_tokenizer(tmp_path)}}}"):
+        with pytest.raises(ConfigError, match="has that model's tokenizer: leave kind and path"):
+            load_recipe(str(stage), [f"init={begun}", f"tokenizer={other}"])
+    assert load_recipe(str(stage), [f"init={begun}", "tokenizer.kind=bytes"]).model.vocab_size
     convert(begun, tmp_path / "coded", torch.zeros(1, 8, dtype=torch.int64))
     with pytest.raises(ConfigError, match="is spike-coded, its weights are integers"):
         make(f"init={tmp_path / 'coded'}", path=stage)
@@ -146,8 +158,10 @@ def test_the_recipes_of_the_stages(
     ]
     more = [f"distill.teacher={begun}"] if name == "distill" else []
     trainer = make(f"init={begun}", "data.prepared=null", sources, *small, *more, path=Path(name))
-    for _ in range(2):
-        trainer.advance(0.0)
+    records = [trainer.advance(0.0) for _ in range(2)]
+    assert records[0] is not None
+    assert 0 < records[0]["loss"] < 6
+    assert trainer.step == 2
 
 
 def test_pretraining_is_a_recipe(tmp_path: Path) -> None:

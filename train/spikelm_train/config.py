@@ -132,10 +132,10 @@ class DataConfig:
             _require(value is None or value >= 1, name, value, "an integer >= 1, or null")
         if bool(self.sources) + (self.prepared is not None) + bool(self.mixture) > 1:
             raise ConfigError("give one of sources, prepared and mixture")
-        if self.messages_key is not None and not self.sources:
+        if self.messages_key is not None and not (self.sources or self.prepared is not None):
             raise ConfigError(
                 f"messages_key: {self.messages_key} given without sources; the built-in corpus has "
-                "no conversations, prepared texts know theirs, and sets of a mixture have their own"
+                "no conversations, and sets of a mixture have keys of their own"
             )
         if self.validation_sources and (self.prepared is not None or self.mixture):
             raise ConfigError("validation_sources: prepared texts and mixtures hold out their own")
@@ -411,7 +411,7 @@ class TrainConfig:
     sample_every: int = 0
     """Steps between samples of text; 0 shows none."""
     sample_prompt: str = ""
-    """The text a sample continues."""
+    """The text a sample continues; of a run on conversations, what the user says first."""
     sample_tokens: int = 64
     """Tokens of a sample."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
@@ -521,9 +521,13 @@ def load_recipe(
         # A preset's vocabulary belongs to the tokenizer it was published with.
         data["model"].pop("vocab_size", None)
     data = override(data, [a for a in assignments if a not in presets])
-    if sources:
+    if sources and isinstance(data.get("data") or {}, dict):
+        # Texts that were named beside them are a contradiction, those of the recipe are replaced.
+        named = {a.partition("=")[0].removeprefix("data.") for a in assignments}
         given = data.get("data") or {}
-        data["data"] = {**given, "sources": list(sources)} if isinstance(given, dict) else given
+        for key in {"prepared", "mixture"} - named:
+            given.pop(key, None)
+        data["data"] = {**given, "sources": list(sources)}
     data["tokenizer"] = _tokenizer(data, rows)
     if isinstance(data.get("model"), dict):
         tokenizer = from_dict(TokenizerConfig, data["tokenizer"], "tokenizer")
@@ -562,8 +566,10 @@ def _tokenizer(data: Mapping[str, Any], rows: int | None) -> Any:
     given = data.get("tokenizer") or {}
     if not isinstance(given, dict):
         return given
-    if rows is not None and "kind" not in given:
-        given = {"pad_to": rows, **given, "kind": "file", "path": data["init"]}
+    if rows is not None:
+        _check_same_tokenizer(given, Path(data["init"]))
+        own = {} if given.get("kind") else {"kind": "file", "path": data["init"]}
+        given = {"pad_to": rows, **given, **own}
     text = from_dict(DataConfig, data.get("data") or {}, "data")
     folders = (text.prepared, *(part.prepared for part in text.mixture))
     prepared = next(filter(None, folders), None)
@@ -578,6 +584,25 @@ def _tokenizer(data: Mapping[str, Any], rows: int | None) -> Any:
         tokenizer = Tokenizer.from_file(Path(given["path"]), eos=given.get("eos"))
         given = {**given, "vocab_size": tokenizer.vocab_size}
     return given
+
+
+def _check_same_tokenizer(given: Mapping[str, Any], model: Path) -> None:
+    """Raises: ConfigError for another tokenizer than that of the model to begin with."""
+    from spikelm.tokenizer import Tokenizer
+
+    kind, path, eos = (given.get(key) for key in ("kind", "path", "eos"))
+    if kind is None:
+        return
+    own = None
+    if kind == "bytes":
+        own = Tokenizer.bytes()
+    elif kind == "file" and path:
+        own = Tokenizer.from_file(Path(path), eos=eos)
+    if own is None or own.fingerprint != Tokenizer.load(model).fingerprint:
+        raise ConfigError(
+            f"tokenizer.kind: {kind} given; a run that begins with {model} has that model's "
+            "tokenizer: leave kind and path out"
+        )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> list[str]:

@@ -130,7 +130,7 @@ def _ours(
         precision="bf16" if precision == "bf16" else "fp32",
     )
     ids = np.random.default_rng(0).integers(shape.vocab_size, size=TEXT_TOKENS + length)
-    text = Split(ids.astype("<u4"), np.zeros(1, np.int64), len(ids))
+    text = Split(ids.astype("<u4"), np.zeros(1, np.int64), len(ids), len(ids))
     reporter = Reporter(folder, io.StringIO(), 0)
     corpus = Corpus(Tokenizer.bytes(), text, text)
     accelerator = make_accelerator(config)

@@ -18,7 +18,7 @@ from torch import Tensor
 from spikelm.config import to_dict
 from spikelm.errors import ConfigError, DataError
 from spikelm.tokenizer import Tokenizer
-from spikelm_train.config import DataConfig, SetConfig, TokenizerConfig, TrainConfig
+from spikelm_train.config import DataConfig, SetConfig, TrainConfig
 from spikelm_train.objective import IGNORED
 from spikelm_train.samplers import (
     CarriedWindows,
@@ -29,7 +29,7 @@ from spikelm_train.samplers import (
     Sampler,
     shares,
 )
-from spikelm_train.texts.prepare import Text, make_tokenizer, write_text
+from spikelm_train.texts.prepare import Text, make_tokenizer, read_template, write_text
 from spikelm_train.texts.shards import TOKENIZER, Prepared, Split, Tokens, open_prepared
 
 SEEN = "prepared.json"
@@ -46,8 +46,11 @@ class Corpus:
     validation: Split
     sets: tuple[tuple[float, Split], ...] = ()
     """The training texts of a mixture and their weights."""
-    has_conversations: bool = False
-    """Whether some of its tokens are read but not learned."""
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether some of its tokens are read but not learned."""
+        return self.train.num_learned < len(self.train.tokens)
 
     @property
     def tokens_per_byte(self) -> float:
@@ -139,7 +142,8 @@ def prepare(config: TrainConfig, folder: Path) -> Corpus:
                 replace(data, sources=part.sources, mixture=(), messages_key=own_key)
             )
     _check_unchanged(folder, parts)
-    tokenizer = _known_tokenizer(config.tokenizer, parts)
+    _check_conversations(config, parts)
+    tokenizer = _known_tokenizer(config, parts)
     cached = _reopen(config, list(texts), tokenizer)
     if cached is None:
         tokenizer = tokenizer or make_tokenizer(config.tokenizer, list(texts.values()))
@@ -151,12 +155,31 @@ def prepare(config: TrainConfig, folder: Path) -> Corpus:
     _check_length(found, data.sequence_length)
     weights = (s.weight for s in data.mixture)
     return Corpus(
-        found[0].tokenizer,
+        _with_template(config, found),
         Split.join([part.train for part in found]),
         Split.join([part.validation for part in found]),
         tuple((weight, part.train) for weight, part in zip(weights, found, strict=False)),
-        any(np.dtype(part.meta["train"]["dtype"]).kind == "i" for part in found),
     )
+
+
+def _with_template(config: TrainConfig, parts: Sequence[Prepared]) -> Tokenizer:
+    """The tokenizer of `parts` with the chat template that their conversations are written in.
+
+    Raises: ConfigError if there are two.
+    """
+    template = read_template(config.tokenizer)
+    talks = [part.tokenizer for part in parts if _has_conversations(part)]
+    if len({tokenizer.chat_template for tokenizer in talks}) > 1:
+        raise ConfigError(
+            "data.mixture: its conversations were prepared with different chat templates; prepare "
+            "them with one"
+        )
+    tokenizer = (talks or [parts[0].tokenizer])[0]
+    return tokenizer if template is None else tokenizer.with_chat_template(template)
+
+
+def _has_conversations(part: Prepared) -> bool:
+    return part.train.num_learned < len(part.train.tokens)
 
 
 def _check_length(parts: Sequence[Prepared], sequence_length: int) -> None:
@@ -168,25 +191,45 @@ def _check_length(parts: Sequence[Prepared], sequence_length: int) -> None:
         )
 
 
-def _known_tokenizer(
-    config: TokenizerConfig, prepared: Mapping[Path, Prepared]
-) -> Tokenizer | None:
+def _check_conversations(config: TrainConfig, prepared: Mapping[Path, Prepared]) -> None:
+    """Raises: ConfigError for a prepared text that should have conversations and has none, or in
+    another chat template than the recipe's.
+    """
+    template = read_template(config.tokenizer)
+    for folder, part in prepared.items():
+        if config.data.messages_key is not None and not _has_conversations(part):
+            raise ConfigError(
+                f"data.messages_key: {config.data.messages_key} given, but {folder} was prepared "
+                "as text; prepare it with --messages-key"
+            )
+        if _has_conversations(part) and template not in (None, part.tokenizer.chat_template):
+            raise ConfigError(
+                f"tokenizer.chat_template: {folder} was prepared with another one; prepare it "
+                f"again with --chat-template {config.tokenizer.chat_template}"
+            )
+
+
+def _known_tokenizer(config: TrainConfig, prepared: Mapping[Path, Prepared]) -> Tokenizer | None:
     """The recipe's tokenizer if it is not to be learned from its text.
 
     Raises: ConfigError if a prepared text has another one.
     """
-    own = None if config.kind == "bpe" else make_tokenizer(config, [])
+    kind = config.tokenizer
+    own = None if kind.kind == "bpe" else make_tokenizer(kind, [])
     for folder, part in prepared.items():
         made = part.meta["made"]["tokenizer"]
-        learned = config.kind == "bpe" and (made["kind"], made["vocab_size"]) == (
-            "bpe",
-            config.size,
-        )
+        learned = kind.kind == "bpe" and (made["kind"], made["vocab_size"]) == ("bpe", kind.size)
         own = own or (part.tokenizer if learned else None)
         if own is None or own.fingerprint != part.tokenizer.fingerprint:
+            entries = f"{part.tokenizer.vocab_size} entries"
+            if config.init is not None:
+                raise ConfigError(
+                    f"{folder} was prepared with another tokenizer ({entries}) than that of "
+                    f"{config.init}; prepare it with --tokenizer {config.init}"
+                )
             raise ConfigError(
-                f"{folder} was prepared with another tokenizer ({part.tokenizer.vocab_size} "
-                "entries); leave tokenizer.kind out of the recipe, or add "
+                f"{folder} was prepared with another tokenizer ({entries}); leave tokenizer.kind "
+                "out of the recipe, or add "
                 f"--set 'tokenizer={{kind: file, path: {folder / TOKENIZER}}}'"
             )
     return own

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+
 from spikelm import checkpoint
 from spikelm.config import to_dict
 from spikelm_train import checkpoints, resume
@@ -139,9 +141,11 @@ def run(trainer: Trainer, profile: int = 0) -> int:
 
 def _occasionally(trainer: Trainer, seconds: float) -> None:
     config = trainer.config
-    if config.eval_every and trainer.step % config.eval_every == 0:
+    # The last step is looked at when the run is finished.
+    last = trainer.step == config.steps
+    if config.eval_every and trainer.step % config.eval_every == 0 and not last:
         _report_validation(trainer)
-    if config.sample_every and trainer.step % config.sample_every == 0:
+    if config.sample_every and trainer.step % config.sample_every == 0 and not last:
         _report_sample(trainer, f"sample at step {trainer.step}")
     if config.save_every and trainer.step % config.save_every == 0:
         trainer.save(seconds)
@@ -216,14 +220,26 @@ def _introduce(trainer: Trainer) -> None:
     if trainer.config.lora.rank:
         trained = sum(p.numel() for p in trainer.module.parameters() if p.requires_grad)
         share = f" ({trained:,} trained)"
+    text = corpus.train
+    learned = f", {text.num_learned / len(text.tokens):.0%} learned" * corpus.has_conversations
     trainer.say(
-        f"{trainer.num_parameters:,} parameters{share}, {len(corpus.train.tokens):,} training "
-        f"tokens ({corpus.train.num_bytes:,} bytes), {trainer.tokens_per_step:,} tokens per step, "
+        f"{trainer.num_parameters:,} parameters{share}, {len(text.tokens):,} training tokens "
+        f"({text.num_bytes:,} bytes{learned}; {corpus.validation.num_bytes:,} held out), "
+        f"{trainer.tokens_per_step:,} tokens per step, "
         f"{accelerator.num_processes} x {accelerator.device.type}"
         + (f" of which {trainer.slices.size} share a row, " if trainer.slices else ", ")
         + resolve_precision(trainer.config.precision)
         + (f"; continuing after step {trainer.step}" if trainer.step else "")
     )
+    length = trainer.config.data.sequence_length
+    if corpus.has_conversations and trainer.config.data.sampling == "packed":
+        cut = int((np.diff(text.starts, append=len(text.tokens)) > length).sum())
+        if cut:
+            trainer.say(
+                f"{cut:,} of {text.num_documents:,} conversations are longer than a row of "
+                f"{length} tokens: what is behind a cut does not see what is in front of it "
+                "(data.sequence_length, or data.sampling=carried)"
+            )
     if trainer.accelerator.is_main_process:
         corpus.tokenizer.save(trainer.out / resume.TOKENIZER)
     if trainer.distillation and trainer.reporter:

@@ -26,10 +26,7 @@ from spikelm_train.guard import Guard
 from spikelm_train.initial import begin_with
 from spikelm_train.objective import IGNORED, Objective
 from spikelm_train.optim import lr_factor
-from spikelm_train.parallel import (
-    Strategy,
-    make_parallel,
-)
+from spikelm_train.parallel import Strategy, make_parallel
 from spikelm_train.quantised import Rounding
 from spikelm_train.report import Reporter
 from spikelm_train.silence import Silence
@@ -143,7 +140,12 @@ class Trainer:
         self.objective.clear()
         if self.distillation:
             self.distillation.clear()
-        loss = self._accumulate(progress)
+        batches = [self._batch(part) for part in range(config.grad_accum_steps)]
+        num_learned = self._num_learned(batches)
+        if num_learned == 0:
+            self._pass_by(batches)
+            return None
+        loss = self._accumulate(batches, num_learned, progress)
         silence.shape(self._summed(silence.edges()))
         if self.guard.leaps(loss):
             self.parallel.drop()
@@ -217,12 +219,27 @@ class Trainer:
         if self.reporter:
             self.reporter.record({"step": step, "guard": text, "lr_factor": rate})
 
-    def _accumulate(self, progress: float) -> float:
-        """Gradients of the step's global batch; its mean loss in nats per token."""
-        parts, accelerator = self.config.grad_accum_steps, self.accelerator
+    def _pass_by(self, batches: list[Batch]) -> None:
+        """A step of which nothing is learned: it changes nothing but states that are carried."""
+        if self.carried:
+            with torch.no_grad():
+                for part, batch in enumerate(batches):
+                    lanes = self._lanes(part)
+                    _, state = self.parallel.model(
+                        batch.inputs, self.carried.take(lanes), reset=batch.reset
+                    )
+                    self.carried.put(lanes, state)
+        self.step += 1
+        self.say(f"step {self.step}: none of its tokens is learned, it is left out")
+
+    def _accumulate(self, batches: list[Batch], num_learned: int | None, progress: float) -> float:
+        """Gradients of the step's global batch; its mean loss in nats per learned token."""
+        parts, accelerator = len(batches), self.accelerator
         total = torch.zeros((), device=accelerator.device)
-        batches = [self._batch(part) for part in range(parts)]
-        count = self._count(batches)
+        # A forward's sums are divided by this, so that the mean over all forwards, of all
+        # processes, is that over the step's learned tokens.
+        forwards: int = parts * accelerator.num_processes
+        count = None if num_learned is None else num_learned / forwards
         for part, batch in enumerate(batches):
             lanes = self._lanes(part)
             state = self.carried.take(lanes) if self.carried else None
@@ -269,18 +286,13 @@ class Trainer:
         rows = self.sampler.rows(self.step + self.guard.data_steps, lanes.start, lanes.stop)
         return to_batch(rows, self.corpus.tokenizer.eos_id, self.accelerator.device)
 
-    def _count(self, batches: list[Batch]) -> float | None:
-        """What a forward's sums are divided by so that the mean over all forwards, of all
-        processes, is that over the step's learned tokens; None where all tokens are.
-        """
+    def _num_learned(self, batches: list[Batch]) -> int | None:
+        """Tokens of the step, of all processes, that are learned; None where all are."""
         if not self.corpus.has_conversations:
             return None
-        learned = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
-        every = int(self.accelerator.reduce(learned, "sum"))
+        mine = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
         # Every process that shares a row has counted it.
-        rows_shared = self.slices.size if self.slices else 1
-        forwards: int = len(batches) * self.accelerator.num_processes
-        return max(1, every / rows_shared) / forwards
+        return int(self.accelerator.reduce(mine, "sum")) // (self.slices.size if self.slices else 1)
 
     def _measured(self) -> dict[str, float]:
         """The last step's terms of the loss beside the cross-entropy."""
@@ -313,7 +325,7 @@ class Trainer:
         config = dataclasses.replace(self.config, model=self.module.config, stages=())
         with self.average.applied():
             if self.accelerator.is_main_process:
-                return sample_text(model, self.corpus.tokenizer, config, self.out)
+                return sample_text(model, self.corpus, config, self.out)
         return ""
 
     def export(self, folder: Path) -> None:

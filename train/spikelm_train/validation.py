@@ -13,7 +13,6 @@ from spikelm.checkpoint import Checkpoint
 from spikelm.generate import Engine, prompt_ids, stream_text
 from spikelm.models.spikelm import LanguageModel
 from spikelm.sampling import SamplingParams
-from spikelm.tokenizer import Tokenizer
 from spikelm_train.config import TrainConfig
 from spikelm_train.data import Batch, Corpus, make_batch, validation_rows
 from spikelm_train.objective import IGNORED, Objective
@@ -61,8 +60,12 @@ def validation_sums(
     return sums
 
 
-def sample_text(model: LanguageModel, tokenizer: Tokenizer, config: TrainConfig, out: Path) -> str:
-    """The recipe's prompt and its continuation by a copy of `model` on the CPU, in fp32."""
+def sample_text(model: LanguageModel, corpus: Corpus, config: TrainConfig, out: Path) -> str:
+    """The recipe's prompt and its continuation by a copy of `model` on the CPU, in fp32.
+
+    Of a model for conversations, the prompt is what the user says first.
+    """
+    tokenizer = corpus.tokenizer
     with torch.device("meta"):
         copy = LanguageModel(config.model)
     state = {name: tensor.float().cpu() for name, tensor in model.state_dict().items()}
@@ -72,5 +75,12 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, config: TrainConfig,
     params = SamplingParams(
         temperature=0.8, top_p=0.95, seed=config.seed, max_tokens=config.sample_tokens
     )
-    prompt = prompt_ids(tokenizer, config.sample_prompt)
-    return config.sample_prompt + "".join(c.text for c in stream_text(engine, prompt, params))
+    prompt, stop = config.sample_prompt, tuple[str, ...]()
+    if corpus.has_conversations:
+        from spikelm.template import ChatTemplate
+
+        template = ChatTemplate(tokenizer=tokenizer)
+        stop = template.stop
+        prompt = template.render([{"role": "user", "content": config.sample_prompt}])
+    ids = prompt_ids(tokenizer, prompt, special=corpus.has_conversations)
+    return prompt + "".join(chunk.text for chunk in stream_text(engine, ids, params, stop))

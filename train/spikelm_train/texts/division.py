@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,8 @@ from spikelm_train.texts.shards import Side
 
 BUCKETS = 1 << 20
 """Parts of the range of hashes; their sizes, 8 MiB, are all that is kept of a text."""
-# A text of few blocks is cut into so many.
-_SMALL_PARTS, _SMALL_CHARACTERS = 20, 256
+# What a short text holds out is cut into so many blocks.
+_SMALL_PARTS, _SMALL_CHARACTERS = 4, 256
 
 
 def digest(text: str) -> bytes:
@@ -98,22 +99,41 @@ def divide(read: Callable[[int], Iterable[Piece]], fraction: float) -> Division:
     """Holds out at least `fraction` of the characters, copies of held-out blocks included.
 
     `read(limit)` gives the text in blocks of at most `limit` characters: 64 Ki, so that a single
-    book has a held-out part, or fewer where that is too much for a short text.
+    book has a held-out part, or fewer where that would be twice as much of a short text, or all.
 
     Raises: DataError if either side would be empty.
     """
-    limit, total = BLOCK_CHARACTERS, 0
-    for _ in range(2):
-        sizes, num_bytes = np.zeros(BUCKETS, np.int64), 0
-        for piece in read(limit):
-            sizes[_bucket(piece.text)] += len(piece.text)
-            num_bytes += utf8_size(piece.text)
-        held = np.cumsum(sizes)
-        total = int(held[-1])
-        last = int(np.searchsorted(held, fraction * total))
-        if 0 < held[last] < total:
-            return Division(limit, last, num_bytes)
-        limit = max(_SMALL_CHARACTERS, total // _SMALL_PARTS)
-    raise DataError(
-        f"{total} characters cannot be split into training and validation text; give more text"
-    )
+    whole, total = _divide(read, BLOCK_CHARACTERS, fraction)
+    if whole is not None and whole.held_out <= 2 * fraction * total:
+        return whole.division
+    limit = max(_SMALL_CHARACTERS, int(min(fraction, 1 - fraction) * total / _SMALL_PARTS))
+    finer, _ = _divide(read, limit, fraction)
+    found = finer or whole
+    if found is None:
+        raise DataError(
+            f"{total} characters cannot be split into training and validation text; give more, or "
+            "held-out text of its own (validation_sources)"
+        )
+    return found.division
+
+
+class _Found(NamedTuple):
+    division: Division
+    held_out: int
+    """Characters."""
+
+
+def _divide(
+    read: Callable[[int], Iterable[Piece]], limit: int, fraction: float
+) -> tuple[_Found | None, int]:
+    """The division into blocks of `limit` characters, None if a side is empty; all characters."""
+    sizes, num_bytes = np.zeros(BUCKETS, np.int64), 0
+    for piece in read(limit):
+        sizes[_bucket(piece.text)] += len(piece.text)
+        num_bytes += utf8_size(piece.text)
+    held = np.cumsum(sizes)
+    total = int(held[-1])
+    last = int(np.searchsorted(held, fraction * total))
+    if 0 < held[last] < total:
+        return _Found(Division(limit, last, num_bytes), int(held[last])), total
+    return None, total

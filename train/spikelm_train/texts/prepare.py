@@ -39,7 +39,7 @@ from spikelm.corpus import (
 from spikelm.doctor import usable_cores
 from spikelm.errors import ConfigError, DataError, MissingExtraError, RequestError
 from spikelm.folders import staged
-from spikelm.tokenizer import BASE_CHAT_TEMPLATE, Tokenizer
+from spikelm.tokenizer import Tokenizer
 from spikelm_train.config import DataConfig, TokenizerConfig
 from spikelm_train.texts.division import Division, Held, digest, divide, shown, utf8_size
 from spikelm_train.texts.shards import (
@@ -157,14 +157,22 @@ class Text:
             from spikelm.template import ChatTemplate
         except ImportError:
             raise MissingExtraError("jinja2", "train") from None
-        given = self.tokenizer and self.tokenizer.chat_template
-        template = ChatTemplate(given or BASE_CHAT_TEMPLATE, self.tokenizer)
+        template = ChatTemplate(tokenizer=self.tokenizer)
+        checks = self.tokenizer is not None
         for messages, where in read_conversations(sources, key=key, faults=self.faults):
             try:
                 turns = tuple(template.turns(messages))
             except RequestError as error:
                 self.faults.found(DataError(f"{where}: {error}"))
             else:
+                answer = next(text for text, is_answer in turns if is_answer)
+                if checks and not template.ends(answer):
+                    log.warning(
+                        "the chat template ends an answer with %r, where a chat does not stop; "
+                        "take a template, or a tokenizer, with a token that ends answers",
+                        answer[-20:],
+                    )
+                checks = False
                 yield Piece("".join(text for text, _ in turns), True, turns)
 
 
@@ -198,11 +206,16 @@ def make_tokenizer(config: TokenizerConfig, texts: Sequence[Text]) -> Tokenizer:
     Raises: ConfigError for a vocabulary that the text does not fill, or that differs from the
     file's; CheckpointError for a file that holds no tokenizer.
     """
-    tokenizer = _vocabulary(config, texts)
+    tokenizer, template = _vocabulary(config, texts), read_template(config)
+    return tokenizer if template is None else tokenizer.with_chat_template(template)
+
+
+def read_template(config: TokenizerConfig) -> str | None:
+    """The recipe's chat template. Raises: ConfigError if there is no such file."""
     if config.chat_template is None:
-        return tokenizer
+        return None
     try:
-        return tokenizer.with_chat_template(Path(config.chat_template).read_text(encoding="utf-8"))
+        return Path(config.chat_template).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(f"tokenizer.chat_template: cannot read it: {error}") from None
 
@@ -283,6 +296,7 @@ def write_text(
                 **{side: {**writers[side].finish(), **meters[side].about} for side in SIDES},
                 "held_out_copies": text.held.duplicates,
                 "empty_documents": text.faults.empty,
+                "conversations_without_an_answer": text.faults.unanswered,
                 "unreadable": {"number": text.faults.skipped, "first": text.faults.first},
             }
             write_meta(staging, meta)
@@ -296,7 +310,7 @@ def _say(meta: Mapping[str, Any]) -> None:
     faults = meta["unreadable"]
     if faults["number"]:
         log.warning("left out %d unreadable, the first: %s", faults["number"], faults["first"][0])
-    for name in ("held_out_copies", "empty_documents"):
+    for name in ("held_out_copies", "empty_documents", "conversations_without_an_answer"):
         if meta[name]:
             log.info("left out %d %s", meta[name], name.replace("_", " "))
 

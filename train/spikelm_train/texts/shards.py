@@ -79,6 +79,8 @@ class Split:
     """Where in `tokens` documents start, in rising order."""
     num_bytes: int
     """Bytes of the text."""
+    num_learned: int
+    """Tokens that are learned: all but those that are not answers in conversations."""
 
     @property
     def num_documents(self) -> int:
@@ -92,7 +94,8 @@ class Split:
         tokens = Joined([split.tokens for split in splits])
         offsets = np.cumsum([0, *(len(split.tokens) for split in splits)])
         starts = [s.starts + offset for s, offset in zip(splits, offsets[:-1], strict=True)]
-        return Split(tokens, np.concatenate(starts), sum(s.num_bytes for s in splits))
+        sizes = (sum(s.num_bytes for s in splits), sum(s.num_learned for s in splits))
+        return Split(tokens, np.concatenate(starts), *sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,7 @@ class Writer:
         self.folder, self.side, self.shard_tokens = folder, side, shard_tokens
         kinds = ("<i2", "<i4") if signed else ("<u2", "<u4")
         self.dtype = np.dtype(kinds[vocab_size > np.iinfo(kinds[0]).max + 1])
-        self.num_tokens = self.num_documents = 0
+        self.num_tokens = self.num_learned = self.num_documents = 0
         self._shards: list[_File] = []
         self._starts = _File(folder / f"{side}.starts")
 
@@ -123,6 +126,7 @@ class Writer:
         """Appends ids; documents start at the indices `starts` of them."""
         self._starts.write((starts + self.num_tokens).astype(STARTS_DTYPE))
         self.num_documents += len(starts)
+        self.num_learned += int(np.count_nonzero(ids >= 0))
         while len(ids):
             room = -self.num_tokens % self.shard_tokens
             if room == 0:
@@ -150,6 +154,7 @@ class Writer:
         return {
             "dtype": self.dtype.str,
             "tokens": self.num_tokens,
+            "learned": self.num_learned,
             "documents": self.num_documents,
             "shards": [shard.about for shard in self._shards],
             "starts": self._starts.about,
@@ -239,7 +244,8 @@ def _open(folder: Path, about: dict[str, Any]) -> Split:
     starts = _mapped(folder, about["starts"], STARTS_DTYPE)
     if (len(tokens), len(starts)) != (about["tokens"], about["documents"]):
         raise ValueError("the sizes of its files and its counts differ")
-    return Split(tokens, starts, about["bytes"])
+    learned = about["learned"] if dtype.kind == "i" else len(tokens)
+    return Split(tokens, starts, about["bytes"], learned)
 
 
 def _mapped(folder: Path, about: dict[str, Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
