@@ -11,7 +11,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -19,6 +18,23 @@ from spikelm.errors import CheckpointError, RequestError
 from spikelm.tokenizer import BASE_CHAT_TEMPLATE, CHAT_TEMPLATE, EOS, Tokenizer
 
 MAX_CHARACTERS = 8_000_000
+MAX_BASE = 1000
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, in which a short expression makes no long text or number either."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            for repeated, times in ((left, right), (right, left)):
+                sized = isinstance(repeated, str | list | tuple)
+                if sized and isinstance(times, int) and len(repeated) * times > MAX_CHARACTERS:
+                    _raise(f"more than {MAX_CHARACTERS} characters")
+        elif abs(left) > MAX_BASE or abs(right) > MAX_BASE:
+            _raise(f"a power of numbers above {MAX_BASE}")
+        return super().call_binop(context, operator, left, right)
 
 
 class ChatTemplate:
@@ -31,15 +47,13 @@ class ChatTemplate:
         """Without `source` the tokenizer's template, or the default for base models."""
         if source is None:
             source = (tokenizer and tokenizer.chat_template) or BASE_CHAT_TEMPLATE
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
+        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _now
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
+        except Exception as error:  # noqa: BLE001  (compiling one can raise anything)
             raise CheckpointError(f"the chat template is not valid: {error}") from None
         # Names that templates of other models test, as transformers gives them.
         self._names: dict[str, Any] = {"tools": None, "documents": None}

@@ -56,7 +56,7 @@ def test_folder_without_template_uses_the_default(tmp_path: Path) -> None:
     assert ChatTemplate.load(tmp_path).render(TALK) == ChatTemplate().render(TALK)
 
 
-@pytest.mark.parametrize("source", [b"{% for %}", b"{{ unclosed", b"\xff"])
+@pytest.mark.parametrize("source", [b"{% for %}", b"{{ unclosed", b"\xff", b"{{ " + b"(" * 9999])
 def test_broken_template_names_the_file(tmp_path: Path, source: bytes) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(source)
     with pytest.raises(CheckpointError, match="chat_template.jinja"):
@@ -76,6 +76,9 @@ def test_broken_template_names_the_file(tmp_path: Path, source: bytes) -> None:
         "{% for i in range(10 ** 9) %}{% endfor %}",
         "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 'a' * 10 ** 12 }}",
+        "{{ (10 ** 12) * [messages] }}",
+        "{{ 9 ** 9 ** 9 ** 9 }}",
     ],
 )
 def test_refused_templates(source: str) -> None:
