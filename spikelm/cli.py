@@ -38,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("spikelm_serve.generate:main", "continue a prompt"),
     "chat": ("spikelm_serve.chat:main", "talk to a model in the terminal"),
     "serve": ("spikelm_serve.cli:main", "answer over the OpenAI API"),
+    "serve-key": ("spikelm_serve.cli:main_key", "make an API key for the server"),
     "eval": ("spikelm.eval.cli:main_eval", "bits per byte, perplexity and silence"),
     "bench": ("spikelm.eval.cli:main_bench", "time, memory and state against length"),
     "inspect": ("spikelm.eval.cli:main_inspect", "where the spikes are, tensor by tensor"),

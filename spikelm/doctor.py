@@ -27,6 +27,8 @@ EXTRAS = {
     "starlette": "serve",
     "uvicorn": "serve",
     "jinja2": "serve",
+    "llguidance": "serve",
+    "prometheus_client": "serve",
     "matplotlib": "eval",
 }
 """Optional package -> the extra that brings it."""

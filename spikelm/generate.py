@@ -92,6 +92,28 @@ class Engine:
         self._total += counts.total
         return logits[:, :vocabulary], state
 
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether a sequence's logits are the same bits alone, in any batch, and however its tokens
+        were read: integers summed in any order are exact, and all else is done row by row.
+        """
+        return self.program is not None and self.program.reads_prompts
+
+    @torch.inference_mode()
+    def step_each(
+        self, ids: Tensor, states: Sequence[State], *, within: float | None = None
+    ) -> tuple[Tensor, list[State]]:
+        """One token for each of B states of one sequence, which may be written into: ids [B] ->
+        logits [B, N], and the states.
+        """
+        if self.program is not None:
+            logits, counts = self.program.run(ids, states, within)
+            self._silent += counts.silent
+            self._total += counts.total
+            return logits[:, : self.tokenizer.vocab_size], list(states)
+        logits, state = self.step(ids, State.merge(states), within=within)
+        return logits, [state.take([row]) for row in range(len(states))]
+
     def _count(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
         if neuron.tensor_class not in WEIGHTLESS_CLASSES:
             self._silent += (spikes.values == 0).sum()
@@ -193,35 +215,49 @@ class Generation:
 
     def __iter__(self) -> Iterator[Chunk]:
         tokenizer = self.engine.tokenizer
-        decoder, sampler = tokenizer.stream(), Sampler(self.params, self.prompt)
+        text, sampler = TextStream(tokenizer, self.stop), Sampler(self.params, self.prompt)
         within = self.params.logits_within
         logits, state = self.engine.prefill(self.prompt, self.state)
         self.state = state = state.clone()
-        held = ""
         unseen: list[int] = []
         for count in range(1, self.params.max_tokens + 1):
             token = self.pending = sampler.sample(logits[0])
-            ended = token in tokenizer.stop_ids
-            last = ended or count == self.params.max_tokens
-            held += decoder.flush() if ended else decoder.push(token)
-            if last and not ended:
-                held += decoder.flush()
             unseen.append(token)
-            cut = _find_stop(held, self.stop)
-            if cut is not None or last:
-                reason = "stop" if ended or cut is not None else "length"
-                yield Chunk(held if cut is None else held[:cut], tuple(unseen), reason)
-                return
-            keep = _partial_stop(held, self.stop)
-            ready, held = held[: len(held) - keep], held[len(held) - keep :]
-            if ready:
-                yield Chunk(ready, tuple(unseen), None)
+            ready, reason = text.push(token, last=count == self.params.max_tokens)
+            if ready or reason is not None:
+                yield Chunk(ready, tuple(unseen), reason)
                 unseen = []
+            if reason is not None:
+                return
             logits, state = self.engine.step(
                 torch.tensor([token]), state, in_place=True, within=within
             )
             self.state = state
-        yield Chunk("", (), "length")
+
+
+class TextStream:
+    """Sampled tokens as text, held back while a character, or what may become a stop string, is
+    not complete. The end-of-document token and a stop string end the text without being part of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._decoder = tokenizer.stream()
+        self._stop_ids = tokenizer.stop_ids
+        self._stop = [s for s in stop if s]
+        self._held = ""
+
+    def push(self, token: int, *, last: bool = False) -> tuple[str, str | None]:
+        """The text that is ready, and the reason if it ends here; the `last` token ends it."""
+        ended = token in self._stop_ids
+        held = self._held + ("" if ended else self._decoder.push(token))
+        if ended or last:
+            held += self._decoder.flush()
+        cut = _find_stop(held, self._stop)
+        if cut is not None or ended or last:
+            return held[:cut], "stop" if ended or cut is not None else "length"
+        keep = _partial_stop(held, self._stop)
+        ready, self._held = held[: len(held) - keep], held[len(held) - keep :]
+        return ready, None
 
 
 def _find_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -1,4 +1,4 @@
-"""Logits -> next token: penalties, temperature, top-k, top-p, min-p, in this order.
+"""Logits -> next token: penalties, biases, temperature, top-k, top-p, min-p, in this order.
 
 N is the vocabulary. Every request draws from a generator of its own, so its tokens depend on
 its seed and its logits, not on what else runs.
@@ -6,8 +6,8 @@ its seed and its logits, not on what else runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class SamplingParams:
     """Subtracted from the logits of generated tokens, -2 to 2 (OpenAI)."""
     frequency_penalty: float = 0.0
     """Subtracted once per occurrence among the generated tokens, -2 to 2 (OpenAI)."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids, -100 to 100 (OpenAI: -100 bans a token)."""
     seed: int | None = None
     """Fixes the draws, a signed 64-bit integer; None is a new seed each time."""
     max_tokens: int = 256
@@ -59,12 +61,18 @@ class SamplingParams:
         self._check_integer("top_k", 1, optional=True)
         self._check_integer("seed", -(2**63), optional=True)
         self._check_integer("max_tokens", 1)
+        for value in self.logit_bias.values():
+            if not isinstance(value, (int, float)) or not -100 <= value <= 100:
+                raise RequestError(
+                    f"logit_bias: {value!r:.60} given; allowed: numbers from -100 to 100",
+                    param="logit_bias",
+                )
 
     @property
     def logits_within(self) -> float | None:
         """How far below the largest a logit still matters to the draw; None if all do."""
         penalties = (self.presence_penalty, self.frequency_penalty)
-        if self.repetition_penalty != 1 or penalties != (0, 0):
+        if self.repetition_penalty != 1 or penalties != (0, 0) or self.logit_bias:
             return None
         return self.temperature * MATTERS
 
@@ -103,8 +111,9 @@ class Sampler:
         self._counts: Tensor | None = None  # [N] generated tokens
         self._seen: Tensor | None = None  # [N] prompt and generated tokens
 
-    def sample(self, logits: Tensor) -> int:
+    def sample(self, logits: Tensor, allowed: Tensor | None = None) -> int:
         """The next token for logits [N], of any float dtype and device; they are not changed.
+        `allowed` [N], bool, are the tokens to choose from.
 
         Raises: SpikelmError if a logit is NaN or infinite.
         """
@@ -118,6 +127,11 @@ class Sampler:
                 "state are damaged, or its dtype overflows"
             )
         scores = self._penalise(scores)
+        if self.params.logit_bias:
+            ids = torch.tensor(list(self.params.logit_bias))
+            scores = scores.index_add(0, ids, torch.tensor([*self.params.logit_bias.values()]))
+        if allowed is not None:
+            scores = torch.where(allowed, scores, -torch.inf)
         greedy = self.params.temperature == 0
         token = int(torch.argmax(scores)) if greedy else self._draw(scores)
         if self._counts is not None and self._seen is not None:
@@ -168,6 +182,24 @@ class Sampler:
             if size == limit or (place < size and (kept <= size or not filtered)):
                 return int(ids[min(place, kept - 1)])
             size = min(limit, size * 16)
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely a token was, in nats, under the logits as the model gave them."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """The most likely tokens, in order."""
+
+
+def likelihood(logits: Tensor, token: int, num_top: int) -> Likelihood:
+    """Of `token` under logits [N], beside the `num_top` most likely ones."""
+    logprobs = logits.detach().to("cpu", torch.float32).log_softmax(-1)
+    values, ids = _largest(logprobs, num_top) if num_top else (logprobs[:0], logprobs[:0].long())
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Likelihood(token, float(logprobs[token]), top)
 
 
 def _largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -6,20 +6,24 @@ attention layers makes a state grow. B sequences.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as pack
 from torch import Tensor
 from torch.nn import functional as F
 
 from spikelm.errors import CheckpointError
 
 FORMAT = "spikelm-state-2"
+MAX_LAYERS = 10_000
+"""Of a file, which may come from anywhere."""
 
 LayerState = dict[str, Tensor]
 """The tensors of one layer, each [B, ...]; the names belong to the layer."""
@@ -89,46 +93,109 @@ class State:
         `Checkpoint.fingerprint`); it appears complete or not at all.
         """
         path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(self.pack(fingerprint))
+        temporary.replace(path)
+
+    def pack(
+        self,
+        fingerprint: str,
+        about: Mapping[str, str] | None = None,
+        more: Mapping[str, Tensor] | None = None,
+    ) -> bytes:
+        """The content of such a file, with what else there is to say `about` it, and `more` tensors
+        beside it.
+        """
         tensors = {
             f"layers.{i}.{name}": tensor.contiguous()
             for i, layer in enumerate(self.layers)
             for name, tensor in layer.items()
         }
         metadata = {
+            **(about or {}),
             "format": FORMAT,
             "fingerprint": fingerprint,
             "num_layers": json.dumps(len(self.layers)),
         }
-        temporary = path.with_name(path.name + ".tmp")
-        save_file({**tensors, "position": self.position.contiguous()}, temporary, metadata)
-        temporary.replace(path)
+        return pack({**tensors, **(more or {}), "position": self.position.contiguous()}, metadata)
 
     @staticmethod
-    def load(path: str | Path, fingerprint: str) -> State:
-        """Reads a state of the model `fingerprint`.
+    def load(path: str | Path, fingerprint: str, like: State | None = None) -> State:
+        """Reads a state of the model `fingerprint`; with `like`, a state of that model, its tensors
+        are checked.
 
         Raises: CheckpointError if the file is missing, damaged or of another model.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read the state {path}: {error}") from None
+        with opened(path) as file:
+            return State.of(file, fingerprint, like, str(path))
+
+    @staticmethod
+    def of(file: Any, fingerprint: str, like: State | None, where: str) -> State:
+        """The state in an open safetensors file; other tensors in it are left alone.
+
+        Raises: CheckpointError as `load` does.
+        """
+        metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
             found = metadata.get("format", "none")
-            raise CheckpointError(f"{path} is not a state of format {FORMAT}; its format: {found}")
-        if metadata["fingerprint"] != fingerprint:
+            raise CheckpointError(f"{where} is not a state of format {FORMAT}; its format: {found}")
+        if metadata.get("fingerprint") != fingerprint:
             raise CheckpointError(
-                f"{path} belongs to model {metadata['fingerprint'][:12]}, "
+                f"{where} belongs to model {metadata.get('fingerprint', 'unknown')[:12]}, "
                 f"not to {fingerprint[:12]}; load the model it was saved with"
             )
-        layers: list[LayerState] = [{} for _ in range(int(metadata["num_layers"]))]
-        position = tensors.pop("position")
-        for key, tensor in tensors.items():
-            _, layer, name = key.split(".", 2)
-            layers[int(layer)][name] = tensor
-        return State(tuple(layers), position)
+        names = set(file.keys())
+        try:
+            number = int(metadata["num_layers"])
+            if not 0 <= number <= MAX_LAYERS:
+                raise ValueError(f"{number} layers")
+            layers: list[LayerState] = [{} for _ in range(number)]
+            for key in names:
+                if key.startswith("layers."):
+                    _, layer, name = key.split(".", 2)
+                    layers[int(layer)][name] = file.get_tensor(key)
+            state = State(tuple(layers), file.get_tensor("position"))
+        except (KeyError, ValueError, IndexError, SafetensorError) as error:
+            raise CheckpointError(f"{where} is damaged: {error}") from None
+        if like is not None:
+            state.check_like(like, where)
+        return state
+
+    def check_like(self, like: State, where: str) -> None:
+        """Raises: CheckpointError if this cannot be a later state of the sequences of `like`."""
+        position = self.position
+        fits = position.dtype == torch.int64 and position.shape == like.position.shape
+        if not fits or bool((position < 0).any()):
+            raise CheckpointError(f"{where} is damaged: its position is no count of tokens")
+        ours = [layer.keys() for layer in self.layers]
+        if ours != [layer.keys() for layer in like.layers]:
+            raise CheckpointError(f"{where} does not have the tensors of this model's state")
+        for own, other in zip(_tensors(self), _tensors(like), strict=True):
+            shape = list(other.shape)
+            if len(shape) > 2 and shape[1] == 0:
+                # A cache that grows with the tokens.
+                shape[1] = max(own.shape[1] if own.ndim == len(shape) else 0, int(position.max()))
+            if own.dtype != other.dtype or list(own.shape) != shape:
+                raise CheckpointError(
+                    f"{where} has a tensor {list(own.shape)} of {own.dtype}; this model's is "
+                    f"{shape} of {other.dtype}"
+                )
+            if not bool(torch.isfinite(own).all()):
+                raise CheckpointError(f"{where} has numbers that are not finite")
+
+
+def _tensors(state: State) -> Iterator[Tensor]:
+    return (layer[name] for layer in state.layers for name in sorted(layer))
+
+
+@contextlib.contextmanager
+def opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file. Raises: CheckpointError if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read the state {path}: {error}") from None
 
 
 def _concatenate(tensors: list[Tensor]) -> Tensor:

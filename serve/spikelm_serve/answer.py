@@ -1,23 +1,13 @@
-"""Answers: what one request's generations yield, with the time and memory they took."""
+"""An answer as it comes: its text trimmed, and the time and memory that it took."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from spikelm.generate import Chunk, Engine, Generation
-from spikelm.sampling import SamplingParams
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prompt:
-    """What one or more choices continue."""
-
-    ids: tuple[int, ...]
-    echo: str = ""
-    """Text that the answer starts with."""
+from spikelm.generate import Chunk, Generation
 
 
 @dataclass(slots=True)
@@ -55,60 +45,24 @@ class Meter:
             start, first = time.perf_counter(), False
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The next text of one choice."""
+class Trimmer:
+    """The same text without leading and trailing white space, piece by piece."""
 
-    index: int
-    text: str
-    finish_reason: str | None = None
-    """"stop" or "length" on the last piece of a choice."""
-    totals: Meter | None = None
-    """On the last piece of the whole answer."""
+    def __init__(self, active: bool = True) -> None:
+        self._active, self._started, self._held = active, False, ""
 
-
-def answer(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    stop: Sequence[str] = (),
-    *,
-    n: int = 1,
-    trim: bool = False,
-) -> Iterator[Piece]:
-    """The pieces of n choices per prompt, one choice after the other.
-
-    Choice i of a prompt draws with seed + i. `trim` drops the white space around each choice.
-    """
-    meter = Meter(prompt_tokens=sum(len(prompt.ids) for prompt in prompts))
-    last = len(prompts) * n - 1
-    for index in range(last + 1):
-        prompt, offset = prompts[index // n], index % n
-        if prompt.echo:
-            yield Piece(index, prompt.echo)
-        generation = Generation(engine, prompt.ids, reseeded(params, offset), stop)
-        chunks = meter.measure(generation)
-        for chunk in trimmed(chunks) if trim else chunks:
-            ended = chunk.finish_reason is not None
-            if chunk.text or ended:
-                totals = meter if ended and index == last else None
-                yield Piece(index, chunk.text, chunk.finish_reason, totals)
+    def push(self, text: str) -> str:
+        if not self._active:
+            return text
+        text = self._held + text if self._started else text.lstrip()
+        body = text.rstrip()
+        self._started = self._started or bool(body)
+        self._held = text[len(body) :]
+        return body
 
 
 def trimmed(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
     """The same tokens without the text's leading and trailing white space."""
-    started, held = False, ""
+    trimmer = Trimmer()
     for chunk in chunks:
-        text = held + chunk.text if started else chunk.text.lstrip()
-        body = text.rstrip()
-        started = started or bool(body)
-        held = text[len(body) :]
-        yield dataclasses.replace(chunk, text=body)
-
-
-def reseeded(params: SamplingParams, offset: int) -> SamplingParams:
-    """The parameters with seed + offset, wrapped to 64 bits; no seed stays no seed."""
-    if params.seed is None:
-        return params
-    seed = (params.seed + offset + 2**63) % 2**64 - 2**63
-    return dataclasses.replace(params, seed=seed)
+        yield dataclasses.replace(chunk, text=trimmer.push(chunk.text))

@@ -7,12 +7,18 @@ import ipaddress
 import json
 import signal
 import socket
+import threading
+from pathlib import Path
 from types import FrameType
 
 from spikelm.errors import ConfigError
 from spikelm_serve.arguments import add_running, load_engine
+from spikelm_serve.keys import Keys, make
+
+MAX_HEADER_BYTES = 32 * 1024
 
 GRACE_SECONDS = 5
+"""For connections to close once their requests have ended."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -26,17 +32,92 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model-name", help="name that requests use (default: the folder's)")
     parser.add_argument(
+        "--api-keys",
+        type=Path,
+        metavar="FILE",
+        help="lines NAME sha256:HEX, as `spikelm serve-key NAME` prints them; every route but "
+        "/health, /ready and / then needs one of these keys",
+    )
+    parser.add_argument(
+        "--no-keys",
+        action="store_true",
+        help="let anybody in who reaches an address that is not this machine's own",
+    )
+    parser.add_argument(
+        "--slots", type=_count, default=32, metavar="N", help="sequences at a time (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-waiting",
+        type=_count,
+        default=256,
+        metavar="N",
+        help="requests that may wait for a slot (%(default)s)",
+    )
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of conversation states, which servers of the model may share (memory alone)",
+    )
+    parser.add_argument(
+        "--state-memory",
+        type=_size,
+        default="1G",
+        metavar="BYTES",
+        help="memory for states, with K, M or G (%(default)s)",
+    )
+    parser.add_argument(
+        "--state-disk",
+        type=_size,
+        default="10G",
+        metavar="BYTES",
+        help="room for states in --state-dir (%(default)s)",
+    )
+    parser.add_argument(
+        "--allow-upload", action="store_true", help="take states from clients (POST /v1/states)"
+    )
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long running requests may go on after SIGTERM or Ctrl-C (%(default)s)",
+    )
+    parser.add_argument(
         "--max-body-bytes",
-        type=int,
-        default=2_000_000,
+        type=_size,
+        default="2000000",
+        metavar="BYTES",
         help="largest request body (%(default)s)",
     )
     add_running(parser)
     return parser
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+def _size(text: str) -> int:
+    digits, unit = text.rstrip("KMG"), text[len(text.rstrip("KMG")) :]
+    value = int(digits) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[unit]
+    if value < 1:
+        raise ValueError
+    return value
+
+
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
+    keys = None if args.api_keys is None else Keys.read(args.api_keys)
+    hosts = allowed_hosts(args.host)
+    if hosts is None and keys is None and not args.no_keys:
+        raise ConfigError(
+            f"--host {args.host} can be reached from other machines: give --api-keys FILE (spikelm "
+            "serve-key NAME makes one), or --no-keys to let anybody in"
+        )
     # Before the model is loaded: a port in use is known at once.
     listener = listen(args.host, args.port)
     import uvicorn
@@ -44,16 +125,29 @@ def main(argv: list[str]) -> int:
     from spikelm.eval.inspect import describe_state
     from spikelm.template import ChatTemplate
     from spikelm_serve.app import create_app
+    from spikelm_serve.states import StateStore
 
     engine, _ = load_engine(args)
     checkpoint = engine.checkpoint
     name = args.model_name or checkpoint.name
+    store = StateStore(
+        checkpoint.fingerprint,
+        checkpoint.model.initial_state(1),
+        memory_bytes=args.state_memory,
+        folder=args.state_dir,
+        disk_bytes=args.state_disk,
+    )
     app = create_app(
         engine,
         name,
         template=ChatTemplate.load(checkpoint.path, checkpoint.tokenizer),
+        store=store,
+        keys=keys,
+        hosts=hosts,
+        slots=args.slots,
+        max_waiting=args.max_waiting,
         max_body_bytes=args.max_body_bytes,
-        hosts=allowed_hosts(args.host),
+        allow_upload=args.allow_upload,
     )
     host, port = listener.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
@@ -64,19 +158,63 @@ def main(argv: list[str]) -> int:
     print(f"serving {name} at {url}, {memory}", flush=True)
     print(f"try: {example(url, name)}", flush=True)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http="h11",
     )
     # uvicorn ends by sending itself the signal again; both are a normal end here.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
 
     class Server(uvicorn.Server):
+        draining = False
+
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            # Streams end at once and say so, instead of being cut when the grace is over.
-            app.state.stop()
-            super().handle_exit(sig, frame)
+            """Refuses new requests, lets those that run end, then goes; at once the second time."""
+            if self.draining or not args.shutdown_timeout:
+                app.state.stop()
+                super().handle_exit(sig, frame)
+                return
+            self.draining = True
+
+            def leave() -> None:
+                app.state.drain(args.shutdown_timeout)
+                self.should_exit = True
+
+            threading.Thread(target=leave, name="spikelm-drain").start()
 
     Server(config).run(sockets=[listener])
+    return 0
+
+
+def main_key(argv: list[str]) -> int:
+    """`spikelm serve-key NAME`: a new API key."""
+    parser = argparse.ArgumentParser(
+        prog="spikelm serve-key",
+        description="Make an API key: it is printed once, its hash goes into a file for `spikelm "
+        "serve --api-keys`.",
+    )
+    parser.add_argument("name", metavar="NAME", help="whose key it is; states belong to a name")
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="append its line here (default: print it)"
+    )
+    args = parser.parse_args(argv)
+    key, line = make(args.name)
+    if args.keys is not None:
+        if args.keys.exists() and any(
+            known.split()[:1] == [args.name]
+            for known in args.keys.read_text(encoding="utf-8").splitlines()
+        ):
+            raise ConfigError(f"{args.keys} has a key of {args.name} already; take another name")
+        with args.keys.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        args.keys.chmod(0o600)
+    else:
+        print(f"line for --api-keys: {line}")
+    print(f"key, shown this once: {key}")
     return 0
 
 

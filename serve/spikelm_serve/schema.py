@@ -7,6 +7,7 @@ nobody knows is ignored, as OpenAI's clients expect. Every refusal is a RequestE
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -21,6 +22,13 @@ MAX_STOPS = 16
 MAX_STOP_BYTES = 256
 MAX_MESSAGES = 10_000
 MAX_TOKENS = 1_000_000
+MAX_BIASES = 1024
+MAX_TOP_LOGPROBS = 20
+MAX_PRIORITY = 1_000_000
+MAX_DEADLINE_MS = 24 * 3600 * 1000
+MAX_NAME = 200
+MAX_PATTERN = 10_000
+MAX_ALTERNATIVES = 1024
 
 # OpenAI's own default for completions; a chat answer usually ends by itself.
 COMPLETION_TOKENS = 16
@@ -42,17 +50,39 @@ _NOT_SERVED: dict[str, tuple[object, ...]] = {
     "best_of": (1,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "web_search_options": (),
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateOptions:
+    """Our extension: the state that a request begins with, and what becomes of its own."""
+
+    start: str | None = None
+    """Id of the state to go on from; null reads the whole prompt."""
+    save: bool = False
+    """Keeps the state after the answer until it is deleted."""
+    name: str | None = None
+    """A label for it."""
+    returns: str = "none"
+    """none, url or inline: where its file is, or the file in base64."""
+    no_cache: bool = False
+    """Reads everything, keeps nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """The form an answer must have."""
+
+    kind: str
+    """json, regex or choice."""
+    value: Json | str | tuple[str, ...]
+    """A JSON schema, a pattern, or the texts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +98,18 @@ class Options:
     stream: bool
     include_usage: bool
     """A last streamed chunk with the usage and no choices."""
+    num_top: int | None = None
+    """Logprobs, with so many alternatives; None: none."""
+    form: Form | None = None
+    state: StateOptions = StateOptions()
+    cache_salt: str = ""
+    """Requests with another one share no states."""
+    priority: int = 0
+    """Lower comes first."""
+    deadline_ms: int | None = None
+    """Time after which the request ends with what it has."""
+    progress: bool = False
+    """Streamed chunks say how much of the prompt has been read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,28 +143,95 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
     """Raises: RequestError naming the field."""
     fields = parse_object(body)
     prompt = fields.get("prompt")
-    if prompt is None:
+    options = _options(fields, COMPLETION_TOKENS, vocab_size, _completion_logprobs(fields))
+    if prompt is None and options.state.start is None:
         raise RequestError("prompt is missing; send a string or token ids", param="prompt")
     return CompletionRequest(
-        options=_options(fields, COMPLETION_TOKENS),
-        prompts=_prompts(prompt, vocab_size),
+        options=options,
+        prompts=((),) if prompt is None else _prompts(prompt, vocab_size),
         echo=_flag(fields, "echo"),
     )
 
 
-def parse_chat(body: bytes) -> ChatRequest:
+def parse_chat(body: bytes, vocab_size: int) -> ChatRequest:
     """Raises: RequestError naming the field."""
     fields = parse_object(body)
-    messages = fields.get("messages")
-    if not isinstance(messages, list) or not 1 <= len(messages) <= MAX_MESSAGES:
-        _refuse("messages", messages, f"a list of 1 to {MAX_MESSAGES} messages")
     return ChatRequest(
-        options=_options(fields, CHAT_TOKENS),
-        messages=tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages)),
+        options=_options(fields, CHAT_TOKENS, vocab_size, _chat_logprobs(fields)),
+        messages=_messages(fields.get("messages")),
     )
 
 
-def _options(fields: Json, default_tokens: int) -> Options:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizeRequest:
+    """POST /tokenize."""
+
+    text: str
+    messages: tuple[dict[str, str], ...]
+    special: bool
+    """Special tokens in the text are read as such."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewindRequest:
+    """POST /v1/states/{id}/rewind; one of the two is given."""
+
+    to_message: int | None
+    to_token: int | None
+
+
+def parse_tokenize(body: bytes) -> TokenizeRequest:
+    """Raises: RequestError naming the field."""
+    fields = parse_object(body)
+    text, messages = fields.get("prompt", fields.get("content")), fields.get("messages")
+    if (text is None) == (messages is None):
+        raise RequestError("send either prompt, a string, or messages", param="prompt")
+    if messages is None and not isinstance(text, str):
+        _refuse("prompt", text, "a string")
+    return TokenizeRequest(
+        text=text or "",
+        messages=() if messages is None else tuple(as_dicts(_messages(messages))),
+        special=_flag(fields, "parse_special"),
+    )
+
+
+def parse_detokenize(body: bytes, vocab_size: int) -> tuple[int, ...]:
+    """Raises: RequestError naming the field."""
+    ids = parse_object(body).get("tokens")
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        _refuse("tokens", ids, f"a list of token ids from 0 to {vocab_size - 1}")
+    return _token_ids(ids, vocab_size, "tokens") if ids else ()
+
+
+def parse_name(body: bytes) -> str | None:
+    """The label of a state. Raises: RequestError naming the field."""
+    return _text(parse_object(body), "name", default="") or None
+
+
+def parse_rewind(body: bytes) -> RewindRequest:
+    """Raises: RequestError naming the field."""
+    fields = parse_object(body)
+    found = RewindRequest(
+        to_message=_integer(fields, "to_message", 1, 2**53, default=0) or None,
+        to_token=_integer(fields, "to_token", 1, 2**53, default=0) or None,
+    )
+    if (found.to_message is None) == (found.to_token is None):
+        raise RequestError("send either to_message or to_token", param="to_message")
+    return found
+
+
+def as_dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
+    """As templates take them."""
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
+def _messages(value: object) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_MESSAGES:
+        _refuse("messages", value, f"a list of 1 to {MAX_MESSAGES} messages")
+    return tuple(_message(message, f"messages[{i}]") for i, message in enumerate(value))
+
+
+def _options(fields: Json, default_tokens: int, vocab_size: int, num_top: int | None) -> Options:
     for name, neutral in _NOT_SERVED.items():
         value = fields.get(name)
         # The type counts: logprobs 0 asks for something, False does not.
@@ -131,15 +240,117 @@ def _options(fields: Json, default_tokens: int) -> Options:
     stream = _flag(fields, "stream")
     return Options(
         model=_model(fields),
-        params=_params(fields, default_tokens),
+        params=_params(fields, default_tokens, vocab_size),
         stop=_stop(fields.get("stop")),
         n=_integer(fields, "n", 1, MAX_CHOICES, default=1),
         stream=stream,
         include_usage=_include_usage(fields, stream),
+        num_top=num_top,
+        form=_form(fields),
+        state=_state(fields),
+        cache_salt=_text(fields, "cache_salt", default=""),
+        priority=_integer(fields, "priority", -MAX_PRIORITY, MAX_PRIORITY, default=0),
+        deadline_ms=_integer(fields, "deadline_ms", 1, MAX_DEADLINE_MS, default=0) or None,
+        progress=_flag(fields, "return_progress"),
     )
 
 
-def _params(fields: Json, default_tokens: int) -> SamplingParams:
+def _completion_logprobs(fields: Json) -> int | None:
+    if fields.get("logprobs") is None or fields["logprobs"] is False:
+        return None
+    return _integer(fields, "logprobs", 0, MAX_TOP_LOGPROBS, default=0)
+
+
+def _chat_logprobs(fields: Json) -> int | None:
+    wanted = _flag(fields, "logprobs")
+    number = _integer(fields, "top_logprobs", 0, MAX_TOP_LOGPROBS, default=0)
+    if number and not wanted:
+        _refuse("top_logprobs", number, "only with logprobs: true")
+    return number if wanted else None
+
+
+def _form(fields: Json) -> Form | None:
+    wanted, ours = fields.get("response_format"), fields.get("structured_outputs")
+    if wanted is not None and ours is not None:
+        _refuse("structured_outputs", ours, "not beside response_format")
+    if ours is not None:
+        return _our_form(ours)
+    if wanted is None or wanted == {"type": "text"}:
+        return None
+    if not isinstance(wanted, dict) or wanted.get("type") not in ("json_object", "json_schema"):
+        _refuse("response_format", wanted, '{"type": "text", "json_object" or "json_schema"}')
+    if wanted["type"] == "json_object":
+        return Form(kind="json", value={"type": "object"})
+    about = wanted.get("json_schema")
+    schema = about.get("schema") if isinstance(about, dict) else None
+    if not isinstance(schema, dict):
+        _refuse("response_format.json_schema", about, 'an object with a "schema"')
+    return Form(kind="json", value=schema)
+
+
+def _our_form(given: object) -> Form:
+    """As vLLM's: one of json, regex and choice."""
+    kinds = ("json", "regex", "choice")
+    if not isinstance(given, dict) or len(given) != 1 or not given.keys() <= set(kinds):
+        _refuse("structured_outputs", given, f"an object with one of {', '.join(kinds)}")
+    [(kind, value)] = given.items()
+    where = f"structured_outputs.{kind}"
+    if kind == "json":
+        if not isinstance(value, dict):
+            _refuse(where, value, "a JSON schema")
+        return Form(kind=kind, value=value)
+    if kind == "regex":
+        if not isinstance(value, str) or not 1 <= len(value) <= MAX_PATTERN:
+            _refuse(where, value, f"a pattern of 1 to {MAX_PATTERN} characters")
+        return Form(kind=kind, value=value)
+    ok = isinstance(value, list) and 1 <= len(value) <= MAX_ALTERNATIVES
+    if not ok or not all(isinstance(text, str) and text for text in value):
+        _refuse(where, value, f"1 to {MAX_ALTERNATIVES} strings")
+    return Form(kind=kind, value=tuple(value))
+
+
+def _state(fields: Json) -> StateOptions:
+    given = fields.get("state")
+    if given is None:
+        return StateOptions()
+    known = {"from", "save", "name", "return", "no_cache"}
+    if not isinstance(given, dict) or not given.keys() <= known:
+        _refuse("state", given, f"an object with some of {', '.join(sorted(known))}")
+    where = {f"state.{key}": value for key, value in given.items()}
+    returns = _text(where, "state.return", default="none")
+    if returns not in ("none", "url", "inline"):
+        _refuse("state.return", returns, "none, url or inline")
+    options = StateOptions(
+        start=_text(where, "state.from", default="") or None,
+        save=_flag(where, "state.save"),
+        name=_text(where, "state.name", default="") or None,
+        returns=returns,
+        no_cache=_flag(where, "state.no_cache"),
+    )
+    if options.no_cache and (options.save or options.returns != "none"):
+        _refuse("state.no_cache", True, "not with save or return")
+    return options
+
+
+def _biases(fields: Json, vocab_size: int) -> dict[int, float]:
+    """-100 to 100 for token ids; `SamplingParams` checks the numbers."""
+    given = fields.get("logit_bias")
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or len(given) > MAX_BIASES:
+        _refuse("logit_bias", given, f"an object with up to {MAX_BIASES} token ids")
+    found = {}
+    for token, value in given.items():
+        ok = token.isascii() and token.isdecimal() and len(token) < 10
+        if not ok or int(token) >= vocab_size:
+            _refuse("logit_bias", token, f"token ids from 0 to {vocab_size - 1}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            _refuse("logit_bias", value, "numbers from -100 to 100")
+        found[int(token)] = value
+    return found
+
+
+def _params(fields: Json, default_tokens: int, vocab_size: int) -> SamplingParams:
     names = (*_NUMBERS, "top_k", "seed")
     given = {name: fields[name] for name in names if fields.get(name) is not None}
     # Clients of vLLM and llama.cpp switch top-k off with these.
@@ -148,7 +359,7 @@ def _params(fields: Json, default_tokens: int) -> SamplingParams:
     newer = fields.get("max_completion_tokens") is not None
     name = "max_completion_tokens" if newer else "max_tokens"
     max_tokens = _integer(fields, name, 1, MAX_TOKENS, default=default_tokens)
-    return SamplingParams(max_tokens=max_tokens, **given)
+    return SamplingParams(max_tokens=max_tokens, logit_bias=_biases(fields, vocab_size), **given)
 
 
 def _model(fields: Json) -> str | None:
@@ -200,10 +411,10 @@ def _prompts(value: object, vocab_size: int) -> tuple[str | tuple[int, ...], ...
     return tuple(prompts)
 
 
-def _token_ids(ids: list[int], vocab_size: int) -> tuple[int, ...]:
+def _token_ids(ids: list[int], vocab_size: int, name: str = "prompt") -> tuple[int, ...]:
     for token in (min(ids), max(ids)):
         if not 0 <= token < vocab_size:
-            _refuse("prompt", token, f"token ids from 0 to {vocab_size - 1}")
+            _refuse(name, token, f"token ids from 0 to {vocab_size - 1}")
     return tuple(ids)
 
 
@@ -226,6 +437,15 @@ def _part(part: object, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     _refuse(where, part, '{"type": "text", "text": "..."}')
+
+
+def _text(fields: Json, name: str, *, default: str) -> str:
+    value = fields.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, str) or len(value) > MAX_NAME:
+        _refuse(name, value, f"a string of up to {MAX_NAME} characters")
+    return value
 
 
 def _flag(fields: Json, name: str) -> bool:

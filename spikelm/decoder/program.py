@@ -176,27 +176,28 @@ class Program:
         weakref.finalize(self, library.spikelm_program_free, self._handle)
 
     def run(
-        self, tokens: Tensor, state: State, within: float | None = None
+        self, tokens: Tensor, state: State | Sequence[State], within: float | None = None
     ) -> tuple[Tensor, Counts]:
-        """One token for each of B sequences: int64 [B]. `state` is changed in place. Logits more
-        than `within` below the largest may be estimates; None: all are exact.
+        """One token for each of B sequences, which one state or several have in order: int64 [B].
+        They are changed in place. Logits more than `within` below the largest may be estimates;
+        None: all are exact.
 
         Returns logits float32 [B, N] and what was counted. Raises: DataError for ids outside the
         vocabulary or another number of sequences than the state's; SpikelmError naming the neurons
         whose input is not finite.
         """
-        if state.batch_size != len(tokens):
-            raise DataError(
-                f"{len(tokens)} tokens given for a state of {state.batch_size} sequences"
-            )
-        return self._run(tokens, state, within, sequence=False)
+        states = [state] if isinstance(state, State) else state
+        sequences = sum(state.batch_size for state in states)
+        if sequences != len(tokens):
+            raise DataError(f"{len(tokens)} tokens given for a state of {sequences} sequences")
+        return self._run(tokens, states, within, sequence=False)
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether `read` is the fast way to read many tokens: softmax attention over many tokens is
+        """Whether `read` is the fast way to read many tokens: softmax attention over all of them is
         faster as matrix products.
         """
-        return all(op.code != Code.WINDOW for op in self._ops)
+        return not self._growing
 
     def read(self, tokens: Tensor, state: State) -> tuple[Tensor, Counts]:
         """The next T >= 1 tokens of the one sequence of `state`: int64 [T]. As `run`, with the
@@ -206,29 +207,32 @@ class Program:
             raise DataError(f"a state of one sequence is needed, not of {state.batch_size}")
         logits, counts = torch.empty(0), Counts()
         for some in tokens.split(TOKENS_AT_ONCE):
-            logits, more = self._run(some, state, None, sequence=True)
+            logits, more = self._run(some, [state], None, sequence=True)
             counts = Counts(*map(operator.add, counts, more))
         return logits, counts
 
     def _run(
-        self, tokens: Tensor, state: State, within: float | None, *, sequence: bool
+        self, tokens: Tensor, states: Sequence[State], within: float | None, *, sequence: bool
     ) -> tuple[Tensor, Counts]:
-        rows, B = len(tokens), state.batch_size
+        rows, B = len(tokens), 1 if sequence else len(tokens)
         start, size = self._logits
         logits = torch.empty(B, size)
         counters = (c_int64 * 5)()
         tokens = tokens.contiguous()
-        assert state.position.is_contiguous()
+        positions = states[0].position
+        if len(states) > 1:
+            positions = torch.cat([state.position for state in states])
+        assert positions.is_contiguous()
         seen = rows if sequence else 1
         # Native code works in the program's own vectors, and Python lets other threads run.
         with self._lock:
-            self._bind(state, seen)
+            self._bind(states, seen)
             broken = _library().spikelm_program_run(
                 self._handle,
                 rows,
                 sequence,
                 tokens.data_ptr(),
-                state.position.data_ptr(),
+                positions.data_ptr(),
                 self._addresses,
                 self._slots,
                 len(self._states),
@@ -247,33 +251,49 @@ class Program:
                 f"{self._names[broken]} got numbers that are not finite; the weights or the state "
                 "are broken"
             )
+        if len(states) > 1:
+            for state, position in zip(
+                states, positions.split([s.batch_size for s in states]), strict=True
+            ):
+                state.position.copy_(position)
         return logits, Counts(*counters)
 
-    def _bind(self, state: State, tokens: int) -> None:
-        """Looks up the addresses of the state's tensors, unless they are those of the last call;
+    def _bind(self, states: Sequence[State], tokens: int) -> None:
+        """Looks up the addresses of the states' tensors, unless they are those of the last call;
         makes tensors contiguous, and growing ones long enough for so many tokens more.
         """
-        needed = int(state.position.max()) + tokens if self._growing else 0
-        for layer, name in self._growing:
-            tensor = state.layers[layer][name]
-            more = max(MIN_ROOM, 2 * needed) - tensor.shape[1]
-            if tensor.shape[1] < needed:
-                state.layers[layer][name] = F.pad(tensor, (0, 0, 0, 0, 0, more))
+        self._make_room(states, tokens)
         # One pass in C: by the time a large model comes back here its Python objects are cold.
-        if [*map(id, _tensors(state))] == self._identities:
+        if [*map(id, _tensors(states))] == self._identities:
             return
-        bound = [state.layers[layer][name] for layer, name in self._states]
-        for (layer, name), tensor in zip(self._states, bound, strict=True):
-            assert tensor.dtype in (torch.float32, torch.int8)
-            state.layers[layer][name] = tensor.contiguous()
-        self._bound = [*_tensors(state)]
+        rows: list[list[int]] = []
+        for state in states:
+            for layer, name in self._states:
+                tensor = state.layers[layer][name]
+                assert tensor.dtype in (torch.float32, torch.int8)
+                state.layers[layer][name] = tensor.contiguous()
+            bound = [state.layers[layer][name] for layer, name in self._states]
+            rows += (
+                [t.data_ptr() + b * t.stride(0) * t.itemsize for t in bound]
+                for b in range(state.batch_size)
+            )
+        self._bound = [*_tensors(states)]
         self._identities = [*map(id, self._bound)]
-        bound = [state.layers[layer][name] for layer, name in self._states]
-        B = state.batch_size
-        self._addresses = (c_void_p * (B * len(bound)))(
-            *(t.data_ptr() + b * t.stride(0) * t.itemsize for b in range(B) for t in bound)
-        )
+        self._addresses = (c_void_p * (len(rows) * len(bound)))(*itertools.chain(*rows))
         self._slots = (c_int64 * len(bound))(*(t.shape[1] for t in bound))
+
+    def _make_room(self, states: Sequence[State], tokens: int) -> None:
+        """Growing caches are as long in every state."""
+        if not self._growing:
+            return
+        needed = max(int(state.position.max()) for state in states) + tokens
+        for layer, name in self._growing:
+            sizes = [state.layers[layer][name].shape[1] for state in states]
+            size = max(sizes) if max(sizes) >= needed else max(MIN_ROOM, 2 * needed)
+            for state, own in zip(states, sizes, strict=True):
+                if own < size:
+                    tensor = state.layers[layer][name]
+                    state.layers[layer][name] = F.pad(tensor, (0, 0, 0, 0, 0, size - own))
 
     def _address(self, entry: Tensor | int | None) -> int | None:
         if isinstance(entry, Tensor):
@@ -283,8 +303,10 @@ class Program:
         return entry
 
 
-def _tensors(state: State) -> Iterator[Tensor]:
-    return itertools.chain.from_iterable(map(dict.values, state.layers))
+def _tensors(states: Sequence[State]) -> Iterator[Tensor]:
+    return itertools.chain.from_iterable(
+        layer.values() for state in states for layer in state.layers
+    )
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spikelm.checkpoint import load, save
 from spikelm.config import AttentionConfig, DeltaConfig, FFNConfig, ModelConfig
+from spikelm.conversion.convert import convert
 from spikelm.generate import Engine
 from spikelm.models.spikelm import LanguageModel
 from spikelm.state import State
@@ -29,6 +30,7 @@ class FakeEngine:
     """Says `script`, then ends; without one, noise that depends on the last two tokens."""
 
     silent_fraction = 0.25
+    is_batch_invariant = True
 
     def __init__(self, script: str | bytes | None = None, *, delay: float = 0.0) -> None:
         self.tokenizer = Tokenizer.bytes()
@@ -44,7 +46,8 @@ class FakeEngine:
 
     def prefill(self, ids: Sequence[int], state: State | None = None) -> tuple[Tensor, State]:
         self.prompts.append(list(ids))
-        last = torch.tensor([[0.0, *map(float, ids)][-2:]])
+        before = [0.0] if state is None else state.layers[0]["last"][0].tolist()
+        last = torch.tensor([[*before, *map(float, ids)][-2:]])
         return self._logits(last, 0), State(({"last": last},), torch.tensor([0]))
 
     def step(
@@ -57,6 +60,12 @@ class FakeEngine:
         last = torch.stack([state.layers[0]["last"][:, 1], ids.float()], 1)
         position = state.position + 1
         return self._logits(last, int(position)), State(({"last": last},), position)
+
+    def step_each(
+        self, ids: Tensor, states: Sequence[State], *, within: float | None = None
+    ) -> tuple[Tensor, list[State]]:
+        found = [self.step(ids[i : i + 1], state) for i, state in enumerate(states)]
+        return torch.cat([logits for logits, _ in found]), [state for _, state in found]
 
     def _logits(self, last: Tensor, position: int) -> Tensor:
         if self._script is None:
@@ -104,7 +113,7 @@ def make_engine() -> type[FakeEngine]:
 @pytest.fixture
 def serve() -> Iterator[Callable[..., httpx.Client]]:
     """Starts a server and returns a client of it."""
-    logging.getLogger("spikelm_serve.app").setLevel(logging.CRITICAL)
+    logging.getLogger("spikelm_serve.scheduler").setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
 
         def start(engine: Any, **options: Any) -> httpx.Client:
@@ -112,7 +121,7 @@ def serve() -> Iterator[Callable[..., httpx.Client]]:
             return stack.enter_context(httpx.Client(base_url=url, timeout=20, trust_env=False))
 
         yield start
-    logging.getLogger("spikelm_serve.app").setLevel(logging.NOTSET)
+    logging.getLogger("spikelm_serve.scheduler").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +145,20 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     save(folder, LanguageModel(config).initialise(0), Tokenizer.bytes())
     return folder
+
+
+@pytest.fixture(scope="session")
+def coded_folder(tiny_folder: Path) -> Path:
+    """The same model, spike-coded."""
+    folder = tiny_folder.parent / "coded"
+    convert(tiny_folder, folder, torch.arange(96).view(2, 48))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def coded_engine(coded_folder: Path) -> Engine:
+    """An engine whose sequences do not depend on their batch, if native code is there."""
+    return Engine(load(coded_folder))
 
 
 @pytest.fixture(scope="session")

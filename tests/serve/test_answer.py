@@ -1,4 +1,4 @@
-"""Pieces of several choices, trimmed text and the meter."""
+"""Trimmed text and the meter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from spikelm.generate import Chunk, Generation
 from spikelm.sampling import SamplingParams
-from spikelm_serve.answer import Meter, Prompt, answer, reseeded, trimmed
+from spikelm_serve.answer import Meter, trimmed
 
 
 def chunks(*texts: str) -> list[Chunk]:
@@ -33,25 +33,6 @@ def test_trimmed(texts: tuple[str, ...], expected: str) -> None:
     assert pieces[-1].finish_reason == "stop"
 
 
-def test_choices_are_reseeded_and_totals_come_last(make_engine: Any) -> None:
-    engine = make_engine()
-    params = SamplingParams(max_tokens=8, seed=5)
-    prompts = [Prompt(ids=(1, 2)), Prompt(ids=(3,), echo="say: ")]
-    pieces = list(answer(engine, prompts, params, n=2))
-    texts = ["".join(p.text for p in pieces if p.index == i) for i in range(4)]
-
-    alone = list(answer(engine, prompts[:1], SamplingParams(max_tokens=8, seed=6)))
-    assert "".join(piece.text for piece in alone) == texts[1]
-    assert texts[2].startswith("say: ")
-    assert texts[3].startswith("say: ")
-    assert sum(piece.finish_reason is not None for piece in pieces) == 4
-    assert [piece.totals for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
-    totals = pieces[-1].totals
-    assert totals is not None
-    assert (totals.prompt_tokens, totals.completion_tokens) == (3, 32)
-    assert totals.state_bytes == 2 * 4 + 8
-
-
 def test_meter_counts_every_token(make_engine: Any) -> None:
     engine = make_engine("h\u00e9!", delay=0.002)
     meter = Meter()
@@ -61,8 +42,3 @@ def test_meter_counts_every_token(make_engine: Any) -> None:
     assert meter.decode_tokens == 4
     assert 0 < meter.tokens_per_second < 500
     assert Meter().tokens_per_second == 0
-
-
-def test_reseeded_wraps() -> None:
-    assert reseeded(SamplingParams(seed=2**63 - 1), 1).seed == -(2**63)
-    assert reseeded(SamplingParams(), 3).seed is None

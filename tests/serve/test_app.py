@@ -76,7 +76,8 @@ def test_chat(serve: Serve, make_engine: Any) -> None:
     [choice] = body["choices"]
     assert choice["message"] == {"role": "assistant", "content": "Good day.", "refusal": None}
     assert choice["finish_reason"] == "stop"
-    assert engine.prompts == [[256, *b"User: hi\n\nAssistant:"]]
+    read = [token for part in engine.prompts for token in part]
+    assert read == [256, *b"User: hi\n\nAssistant: Good day.\n\n"]
 
 
 def test_finish_reason_length_and_echo(serve: Serve, make_engine: Any) -> None:
@@ -193,7 +194,7 @@ def check_error(response: httpx.Response, status: int, param: str | None, code: 
         ("POST", COMPLETIONS, '{"prompt": [257]}', 400, "prompt", None),
         ("POST", COMPLETIONS, '{"prompt": "", "n": 17}', 400, "n", None),
         ("POST", COMPLETIONS, '{"prompt": "", "temperature": 9}', 400, "temperature", None),
-        ("POST", COMPLETIONS, '{"prompt": "", "logprobs": 1}', 400, "logprobs", None),
+        ("POST", COMPLETIONS, '{"prompt": "", "logprobs": 21}', 400, "logprobs", None),
         ("POST", COMPLETIONS, '{"prompt": "", "temperature": NaN}', 400, None, None),
         ("POST", COMPLETIONS, '{"prompt": "\\ud800"}', 400, None, None),
         ("POST", COMPLETIONS, "[" * 10**5, 400, None, None),

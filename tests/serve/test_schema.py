@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spikelm.errors import RequestError
-from spikelm_serve.schema import ChatRequest, Message, parse_chat, parse_completion
+from spikelm_serve.schema import (
+    ChatRequest,
+    Form,
+    Message,
+    StateOptions,
+    parse_chat,
+    parse_completion,
+)
 
 VOCAB = 257
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -21,7 +28,7 @@ def completion(**fields: Any) -> Any:
 
 
 def chat(**fields: Any) -> ChatRequest:
-    return parse_chat(json.dumps({**CHAT, **fields}).encode())
+    return parse_chat(json.dumps({**CHAT, **fields}).encode(), VOCAB)
 
 
 def test_defaults() -> None:
@@ -161,26 +168,86 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("stream", 1),
     ("stream_options", {"include_usage": True}),
     ("echo", 1),
-    ("logprobs", 0),
     ("logprobs", True),
-    ("top_logprobs", 5),
+    ("logprobs", -1),
+    ("logprobs", 21),
     ("best_of", 2),
     ("suffix", "tail"),
-    ("logit_bias", {"5": 1}),
+    ("logit_bias", {"5": 101}),
+    ("logit_bias", {"257": 1}),
+    ("logit_bias", {"-1": 1}),
+    ("logit_bias", {"\u0665": 1}),
+    ("logit_bias", {"5": True}),
+    ("logit_bias", {"5": None}),
+    ("logit_bias", {str(i): 1 for i in range(1025)}),
+    ("logit_bias", [5]),
+    ("priority", 1.5),
+    ("priority", 2**64),
+    ("deadline_ms", 0),
+    ("deadline_ms", 2**40),
+    ("cache_salt", 3),
+    ("cache_salt", "a" * 201),
+    ("return_progress", 1),
+    ("state", "st_1"),
+    ("state", {"form": "st_1"}),
+    ("state.from", 3),
+    ("state.save", 1),
+    ("state.name", ["a"]),
+    ("state.return", "file"),
+    ("structured_outputs", {}),
+    ("structured_outputs", {"json": {}, "regex": "a"}),
+    ("structured_outputs", {"grammar": "a"}),
+    ("structured_outputs.regex", ""),
+    ("structured_outputs.regex", "a" * 10_001),
+    ("structured_outputs.json", "{}"),
+    ("structured_outputs.choice", []),
+    ("structured_outputs.choice", ["a", 1]),
     ("tools", [{}]),
     ("functions", [{}]),
     ("tool_choice", "required"),
-    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "xml"}),
+    ("response_format", "json"),
+    ("response_format.json_schema", {"type": "json_schema"}),
 ]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_FIELDS)
 def test_bad_fields_are_named(name: str, value: Any) -> None:
+    field, _, part = name.partition(".")
+    nested = {field: {part: value}} if part and field != "response_format" else {field: value}
     with pytest.raises(RequestError) as info:
-        completion(**{name: value})
+        completion(**nested)
     assert info.value.status == 400
     assert info.value.param == name
     assert len(str(info.value)) < 300
+
+
+def test_our_fields() -> None:
+    options = completion(
+        logprobs=0,
+        logit_bias={"5": -100, "6": 0.5},
+        structured_outputs={"choice": ["a", "b"]},
+        state={"from": "st_x", "save": True, "name": "mine", "return": "url"},
+        cache_salt="s",
+        priority=-3,
+        deadline_ms=50,
+        return_progress=True,
+    ).options
+    assert options.num_top == 0
+    assert options.params.logit_bias == {5: -100, 6: 0.5}
+    assert options.form == Form(kind="choice", value=("a", "b"))
+    wanted = StateOptions(start="st_x", save=True, name="mine", returns="url")
+    assert (options.state, options.cache_salt) == (wanted, "s")
+    assert (options.priority, options.deadline_ms, options.progress) == (-3, 50, True)
+    assert chat(logprobs=True, top_logprobs=20).options.num_top == 20
+    assert chat(response_format={"type": "json_object"}).options.form == Form(
+        kind="json", value={"type": "object"}
+    )
+    for fields in ({"top_logprobs": 5}, {"logprobs": True, "top_logprobs": 21}):
+        with pytest.raises(RequestError, match="top_logprobs"):
+            chat(**fields)
+    with pytest.raises(RequestError, match="no_cache"):
+        completion(state={"no_cache": True, "save": True})
 
 
 @pytest.mark.parametrize(
@@ -218,10 +285,10 @@ NAMES = st.sampled_from(sorted({name for name, _ in BAD_FIELDS} | {"messages", "
 @given(fields=st.dictionaries(NAMES, JSON, max_size=4))
 def test_any_fields_are_parsed_or_refused(fields: dict[str, Any]) -> None:
     body = json.dumps({"prompt": "x", **CHAT, **fields}).encode()
-    for parse in (parse_chat, lambda body: parse_completion(body, VOCAB)):
+    for parse in (parse_chat, parse_completion):
         refusal = None
         try:
-            parse(body)
+            parse(body, VOCAB)
         except RequestError as error:
             refusal = error
         assert refusal is None or refusal.status == 400

@@ -77,7 +77,7 @@ def test_every_backend_gives_the_same_logits(
     other = Engine(checkpoint.load(coded_folder, backend=backend))
     ids = prompt_ids(coded.tokenizer, PROMPTS[1])
     (a, s), (b, t) = coded.prefill(ids), other.prefill(ids)
-    assert torch.equal(a, b)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     assert torch.equal(coded.step(torch.tensor([65]), s)[0], other.step(torch.tensor([65]), t)[0])
 
 
