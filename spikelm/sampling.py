@@ -128,8 +128,8 @@ class Sampler:
             )
         scores = self._penalise(scores)
         if self.params.logit_bias:
-            ids = torch.tensor(list(self.params.logit_bias))
-            scores = scores.index_add(0, ids, torch.tensor([*self.params.logit_bias.values()]))
+            ids, biases = zip(*self.params.logit_bias.items(), strict=True)
+            scores = scores.index_add(0, torch.tensor(ids), torch.tensor(biases).float())
         if allowed is not None:
             scores = torch.where(allowed, scores, -torch.inf)
         greedy = self.params.temperature == 0
