@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from spikelm.errors import RequestError, SpikelmError
+
+Scores = npt.NDArray[np.float32]
 
 MATTERS = 9.0
 """Logits so far below the largest, in units of the temperature, may be estimates: a token with less
@@ -108,8 +112,8 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(params.seed)
-        self._counts: Tensor | None = None  # [N] generated tokens
-        self._seen: Tensor | None = None  # [N] prompt and generated tokens
+        self._counts: Scores | None = None  # [N] generated tokens
+        self._seen: npt.NDArray[np.bool_] | None = None  # [N] prompt and generated tokens
 
     def sample(self, logits: Tensor, allowed: Tensor | None = None) -> int:
         """The next token for logits [N], of any float dtype and device; they are not changed.
@@ -118,69 +122,71 @@ class Sampler:
         Raises: SpikelmError if a logit is NaN or infinite.
         """
         assert logits.dim() == 1, f"logits of one token expected, got {tuple(logits.shape)}"
-        scores = logits.detach().to("cpu", torch.float32)
-        # One pass: NaN is the extreme of anything.
-        if not bool(torch.isfinite(torch.stack(scores.aminmax())).all()):
-            bad = int((~torch.isfinite(scores)).sum())
+        scores = logits.detach().to("cpu", torch.float32).numpy()
+        # NaN is the largest of anything.
+        if not (np.isfinite(scores.max()) and np.isfinite(scores.min())):
+            bad = int((~np.isfinite(scores)).sum())
             raise SpikelmError(
-                f"{bad} of {scores.numel()} logits are NaN or infinite; the model's weights or "
+                f"{bad} of {scores.size} logits are NaN or infinite; the model's weights or "
                 "state are damaged, or its dtype overflows"
             )
         scores = self._penalise(scores)
         if self.params.logit_bias:
-            ids, biases = zip(*self.params.logit_bias.items(), strict=True)
-            scores = scores.index_add(0, torch.tensor(ids), torch.tensor(biases).float())
+            scores = scores.copy()
+            for biased, value in self.params.logit_bias.items():
+                scores[biased] += value
         if allowed is not None:
-            scores = torch.where(allowed, scores, -torch.inf)
+            scores = np.where(allowed.numpy(), scores, np.float32(-np.inf))
         greedy = self.params.temperature == 0
-        token = int(torch.argmax(scores)) if greedy else self._draw(scores)
+        token = int(scores.argmax()) if greedy else self._draw(scores)
         if self._counts is not None and self._seen is not None:
             self._counts[token] += 1
             self._seen[token] = True
         return token
 
-    def _penalise(self, scores: Tensor) -> Tensor:
+    def _penalise(self, scores: Scores) -> Scores:
         params = self.params
         penalties = (params.presence_penalty, params.frequency_penalty)
         if params.repetition_penalty == 1 and penalties == (0, 0):
             return scores
         if self._counts is None or self._seen is None:
-            self._counts = torch.zeros_like(scores)
-            self._seen = torch.zeros_like(scores, dtype=torch.bool)
+            self._counts = np.zeros_like(scores)
+            self._seen = np.zeros(scores.shape, bool)
             self._seen[self._prompt_ids] = True
-        factor = params.repetition_penalty
-        scaled = torch.where(scores > 0, scores / factor, scores * factor)
-        scores = torch.where(self._seen, scaled, scores)
-        scores = scores - params.frequency_penalty * self._counts
-        return scores - params.presence_penalty * (self._counts > 0)
+        factor = np.float32(params.repetition_penalty)
+        scaled = np.where(scores > 0, scores / factor, scores * factor)
+        scores = np.where(self._seen, scaled, scores)
+        scores = scores - np.float32(params.frequency_penalty) * self._counts
+        once: Scores = (self._counts > 0).astype(np.float32)
+        return scores - np.float32(params.presence_penalty) * once
 
-    def _draw(self, scores: Tensor) -> int:
-        params, N = self.params, scores.numel()
+    def _draw(self, scores: Scores) -> int:
+        params, N = self.params, scores.size
         # Shifted, and never divided by a subnormal number: both keep exp() finite.
-        largest, temperature = scores.max(), max(params.temperature, 1e-30)
+        largest, temperature = scores.max(), np.float32(max(params.temperature, 1e-30))
+        uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        with np.errstate(over="ignore", under="ignore"):
+            weights: Scores = np.exp((scores - largest) / temperature)
         limit = N if params.top_k is None else min(params.top_k, N)
-        total = torch.exp((scores - largest) / temperature).sum(dtype=torch.float64)
-        filtered = params.top_p < 1 or params.min_p > 0
-        uniform = torch.rand((), generator=self._generator, dtype=torch.float64)
+        if limit == N and params.top_p == 1 and params.min_p == 0:
+            return _place(np.cumsum(weights, dtype=np.float64), uniform)
+        total = weights.sum(dtype=np.float64)
         # Sorted, every filter is a shorter prefix. Sorting all would take longer than many models
-        # take for the logits, so the prefix grows until the draw falls into it.
+        # take for the logits, so the prefix grows until it has all that the filters keep.
         size = limit if params.top_k is not None else min(limit, SORTED_AT_FIRST)
         while True:
-            ordered, ids = _largest(scores, size)
-            weights = torch.exp((ordered - largest) / temperature)
-            cumulative = weights.double().cumsum(0)
+            ids = _largest(scores, size)
+            ordered = weights[ids]
+            cumulative = np.cumsum(ordered, dtype=np.float64)
             mass = cumulative[-1] if size == limit else total
             kept = limit
             if params.top_p < 1:
                 kept = min(kept, int((cumulative < params.top_p * mass).sum()) + 1)
             if params.min_p > 0:
-                enough = int((weights >= params.min_p).sum())
+                enough = int((ordered >= params.min_p).sum())
                 kept = min(kept, limit if enough == size else enough)
             if kept <= size:
-                mass = cumulative[kept - 1]
-            place = int(torch.searchsorted(cumulative[:kept], uniform * mass, right=True))
-            if size == limit or (place < size and (kept <= size or not filtered)):
-                return int(ids[min(place, kept - 1)])
+                return int(ids[_place(cumulative[:kept], uniform)])
             size = min(limit, size * 16)
 
 
@@ -196,17 +202,25 @@ class Likelihood:
 
 def likelihood(logits: Tensor, token: int, num_top: int) -> Likelihood:
     """Of `token` under logits [N], beside the `num_top` most likely ones."""
-    logprobs = logits.detach().to("cpu", torch.float32).log_softmax(-1)
-    values, ids = _largest(logprobs, num_top) if num_top else (logprobs[:0], logprobs[:0].long())
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    scores = logits.detach().to("cpu", torch.float32)
+    logprobs = scores.log_softmax(-1).numpy()
+    ids = _largest(logprobs, num_top).tolist() if num_top else []
+    top = tuple((i, float(logprobs[i])) for i in ids)
     return Likelihood(token, float(logprobs[token]), top)
 
 
-def _largest(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest and their ids, in order; ties keep the order of their ids."""
-    candidates = torch.arange(scores.numel())
-    if n < scores.numel():
-        floor = torch.topk(scores, n, sorted=False).values.min()
-        candidates = (scores >= floor).nonzero()[:, 0]
-    ordered, places = torch.sort(scores[candidates], descending=True, stable=True)
-    return ordered[:n], candidates[places[:n]]
+def _place(cumulative: npt.NDArray[np.float64], uniform: float) -> int:
+    """Where a draw falls, `uniform` in [0, 1)."""
+    place = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return min(place, cumulative.size - 1)
+
+
+def _largest(scores: Scores, n: int) -> npt.NDArray[np.intp]:
+    """The ids of the n largest, in order; ties keep the order of their ids."""
+    candidates = np.arange(scores.size)
+    if n < scores.size:
+        floor = np.partition(scores, scores.size - n)[scores.size - n]
+        candidates = np.flatnonzero(scores >= floor)
+    order = np.argsort(-scores[candidates], kind="stable")
+    found: npt.NDArray[np.intp] = candidates[order[:n]]
+    return found

@@ -19,7 +19,7 @@ from spikelm_serve import schema
 from spikelm_serve.constraint import Forms
 from spikelm_serve.jobs import Constraint, Done, Event, Failed, Job
 from spikelm_serve.metrics import Metrics
-from spikelm_serve.outbox import Outbox
+from spikelm_serve.outbox import Courier, Outbox, joined
 from spikelm_serve.prompts import Prompt, Prompts
 from spikelm_serve.scheduler import Scheduler, incident
 from spikelm_serve.states import Kept, StateStore, describe
@@ -60,6 +60,8 @@ class Api:
         self.max_body_bytes = max_body_bytes
         self.name = model_name
         self._forms: Forms | None = None
+        self._courier = Courier()
+        scheduler.deliver = self._courier.deliver
         self._card = {
             "id": model_name,
             "object": "model",
@@ -121,7 +123,7 @@ class Api:
         self, request: Request, prepare: Callable[[bytes, str, Outbox], Ask]
     ) -> Response:
         body = await read_body(request, self.max_body_bytes)
-        outbox = Outbox()
+        outbox = self.outbox()
         # A long prompt takes long to parse and tokenise: off the event loop.
         ask = await asyncio.to_thread(prepare, body, owner_of(request), outbox)
         self.scheduler.submit(ask.jobs)
@@ -130,6 +132,10 @@ class Api:
         events = await self.collect(request, ask.jobs, outbox)
         extra = await self._state_of(ask, [e for _, e in events])
         return JSONResponse(ask.wire.whole(events, extra))
+
+    def outbox(self) -> Outbox:
+        """For the events of a new request."""
+        return Outbox(self._courier)
 
     async def collect(
         self, request: Request, jobs: Sequence[Job], outbox: Outbox
@@ -143,37 +149,36 @@ class Api:
         waiting = len(jobs)
         try:
             while waiting:
-                getting = asyncio.create_task(outbox.get())
-                await asyncio.wait({getting, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    getting.cancel()
+                taking = asyncio.create_task(outbox.take())
+                await asyncio.wait({taking, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if not taking.done():
+                    taking.cancel()
                     raise ClientDisconnect
-                job, item = getting.result()
-                if isinstance(item, Failed):
-                    raise item.error
-                waiting -= isinstance(item, Done)
-                found.append((job, item))
+                for job, item in taking.result():
+                    if isinstance(item, Failed):
+                        raise item.error
+                    waiting -= isinstance(item, Done)
+                    found.append((job, item))
         finally:
             gone.cancel()
             self.scheduler.cancel(jobs)
         return found
 
     async def _stream(self, ask: Ask, outbox: Outbox) -> AsyncGenerator[bytes, None]:
+        """Server-sent events: all that have come in since the last were sent, at once."""
         waiting = len(ask.jobs)
         try:
             while waiting:
-                try:
-                    job, item = await asyncio.wait_for(outbox.get(), PING_SECONDS)
-                except TimeoutError:
-                    yield b": ping\n\n"
-                    continue
-                if isinstance(item, Failed):
-                    yield event(error_body(item.error))
-                    break
-                waiting -= isinstance(item, Done)
-                extra = None if waiting else await self._state_of(ask, [item])
-                for chunk in ask.wire.chunks(job, item, extra):
-                    yield event(chunk)
+                items = await outbox.take(PING_SECONDS)
+                data = b"" if items else b": ping\n\n"
+                for job, item in joined(items):
+                    if isinstance(item, Failed):
+                        raise item.error
+                    waiting -= isinstance(item, Done)
+                    extra = None if waiting else await self._state_of(ask, [item])
+                    data += b"".join(map(event, ask.wire.chunks(job, item, extra)))
+                if data:
+                    yield data
         except RequestError as error:
             yield event(error_body(error))
         except Exception as error:  # noqa: BLE001  (told to the client; the server goes on)

@@ -37,6 +37,16 @@ class Text:
     finish_reason: str | None = None
     """"stop" or "length" on the last one of a choice."""
 
+    def followed_by(self, other: Text) -> Text:
+        """Both as one."""
+        return Text(
+            self.index,
+            self.text + other.text,
+            self.tokens + other.tokens,
+            self.likelihoods + other.likelihoods,
+            other.finish_reason,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:

@@ -1,9 +1,9 @@
 """One thread for the model: many generations at once, each as if it were alone.
 
-A round reads one piece of one prompt and then decodes one token of every running sequence, so a
-long prompt delays the others by a piece per token and no more. Sequences join and leave between
-rounds. Each owns its state; nothing is shared but the weights, and a request that fails takes
-nothing with it.
+A round reads a piece of a prompt, or several short ones, and then decodes one token of every
+running sequence, so a long prompt delays the others by a piece per token and no more. Sequences
+join and leave between rounds. Each owns its state; nothing is shared but the weights, and a request
+that fails takes nothing with it.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ class Scheduler:
         self.slots, self.max_waiting, self.piece = slots, max_waiting, piece
         self.observe: Callable[[Job, str], None] = lambda job, outcome: None
         """Called with every job that has ended and how."""
+        self.deliver: Callable[[], None] = lambda: None
+        """Called when sinks have been given something."""
         self._numbers = itertools.count()
         self._new: list[Job] = []
         self._waiting: list[Job] = []
@@ -175,6 +177,7 @@ class Scheduler:
                     break
             try:
                 self._round()
+                self.deliver()
             except Exception as error:  # noqa: BLE001
                 # Nothing may end this thread; what it was doing is unknown, so all of it ends.
                 failure = incident(error)
@@ -184,6 +187,7 @@ class Scheduler:
         for job in self._jobs():
             self._fail(job, _shutting_down())
         self._forget()
+        self.deliver()
         self._idle.set()
 
     @property
@@ -202,10 +206,12 @@ class Scheduler:
     def _round(self) -> None:
         self._leave()
         self._admit()
-        if self._settling:
-            self._settle(self._settling.popleft())
-        elif self._reading:
-            self._read(self._reading.popleft())
+        budget = self.piece
+        while budget > 0 and (self._settling or self._reading):
+            if self._settling:
+                budget -= self._settle(self._settling.popleft(), budget)
+            else:
+                budget -= self._read(self._reading.popleft(), budget)
         ready = [s for s in self._running if not s.job.sink.full]
         if ready:
             self._decode(ready)
@@ -270,19 +276,22 @@ class Scheduler:
             job.state, job.logits = kept.state, kept.logits
         self._reading.append(job)
 
-    def _read(self, job: Job) -> None:
-        if self._guarded(job, self._read_piece):
+    def _read(self, job: Job, budget: int) -> int:
+        """Reads up to `budget` tokens of a prompt; what it took of the budget, at least 1."""
+        before = job.position
+        if self._guarded(job, partial(self._read_piece, budget)):
             if job.position < len(job.ids):
                 self._reading.append(job)
             else:
                 self._guarded(job, self._start)
+        return max(1, job.position - before)
 
-    def _read_piece(self, job: Job) -> None:
+    def _read_piece(self, budget: int, job: Job) -> None:
         """The next tokens of a prompt, up to where a state is kept."""
         if job.position < len(job.ids):
             stops = [*job.borders, *_grid(len(job.ids)), len(job.ids)]
             end = min(s for s in stops if s > job.position)
-            end = min(end, job.position + self.piece)
+            end = min(end, job.position + budget)
             part = job.ids[job.position : end]
             if job.scores:
                 self._score(job, part)
@@ -505,14 +514,16 @@ class Scheduler:
     def _start_id(self, job: Job) -> str:
         return job.start.id if job.start else self.store.root(job.owner)
 
-    def _settle(self, settling: Settling) -> None:
-        if not self._guarded(settling.job, partial(self._settle_piece, settling)):
-            return
-        if settling.at < len(settling.ids):
+    def _settle(self, settling: Settling, budget: int) -> int:
+        """As `_read`, of what is missing behind an answer."""
+        before = settling.at
+        work = partial(self._settle_piece, settling, budget)
+        if self._guarded(settling.job, work) and settling.at < len(settling.ids):
             self._settling.append(settling)
+        return max(1, settling.at - before)
 
-    def _settle_piece(self, settling: Settling, job: Job) -> None:
-        end = min(settling.at + self.piece, len(settling.ids))
+    def _settle_piece(self, settling: Settling, budget: int, job: Job) -> None:
+        end = min(settling.at + budget, len(settling.ids))
         if end > settling.at:
             part = settling.ids[settling.at : end]
             settling.logits, settling.state = self.engine.prefill(part, settling.state)

@@ -16,7 +16,6 @@ from spikelm.sampling import SamplingParams
 from spikelm_serve import schema
 from spikelm_serve.api import Api, owner_of
 from spikelm_serve.jobs import Done, Job
-from spikelm_serve.outbox import Outbox
 from spikelm_serve.states import Kept, describe
 from spikelm_serve.transport import Endpoint, read_body
 
@@ -158,7 +157,7 @@ class StatesApi:
         self, request: Request, ids: list[int], start: Kept | None, *, keep: bool
     ) -> Kept | None:
         """The state after `ids`, read again; kept under its own name or not at all."""
-        api, owner, outbox = self._api, owner_of(request), Outbox()
+        api, owner, outbox = self._api, owner_of(request), self._api.outbox()
         head = start.id if start else self._store.root(owner, "" if keep else "verify")
         job = Job(
             ids=ids,

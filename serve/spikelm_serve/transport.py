@@ -169,7 +169,8 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def patient(message: object) -> None:
-            await asyncio.wait_for(send(message), PATIENCE_SECONDS)  # type: ignore[arg-type]
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await send(message)  # type: ignore[arg-type]
 
         try:
             await super().__call__(scope, receive, patient)

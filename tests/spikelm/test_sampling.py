@@ -197,8 +197,13 @@ def test_a_draw_is_one_of_the_tokens_the_filters_keep(
 
 
 def by_sorting_everything(scores: torch.Tensor, params: SamplingParams, uniform: float) -> int:
-    """The draw as its definition says: sort, filter, find the place."""
+    """The draw as its definition says: sort, if there is something to filter, filter, find the
+    place.
+    """
     ordered, ids = torch.sort(scores, descending=True, stable=True)
+    if params.top_k is None and (params.top_p, params.min_p) == (1, 0):
+        weights = torch.exp((scores - ordered[0]) / params.temperature).double()
+        return int((weights.cumsum(0) <= uniform * weights.sum()).sum())
     weights = torch.exp((ordered - ordered[0]) / params.temperature).double()[: params.top_k]
     cumulative = weights.cumsum(0)
     kept = int((cumulative < params.top_p * cumulative[-1]).sum()) + 1
