@@ -16,6 +16,7 @@ from spikelm.generate import Engine
 from spikelm.template import ChatTemplate
 from spikelm_serve.api import Api
 from spikelm_serve.keys import Keys
+from spikelm_serve.page import page
 from spikelm_serve.scheduler import MAX_WAITING, SLOTS, Scheduler
 from spikelm_serve.states import StateStore
 from spikelm_serve.states_api import StatesApi
@@ -63,6 +64,8 @@ def create_app(
 
     app = Starlette(
         routes=[
+            route("/", page),
+            route("/static/{name}", page),
             route("/health", api.health),
             route("/ready", api.ready),
             route("/metrics", api.show_metrics),

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+OPEN_PATHS = frozenset(
+    {"/", "/health", "/ready", "/static/index.html", "/static/style.css", "/static/app.js"}
+)
 """What needs no key."""
 RETRY_SECONDS = 1
 
