@@ -498,7 +498,9 @@ class Scheduler:
             ids, chain, messages = job.ending(sequence.said)
         if not ids:
             return None
-        if list(ids[: len(fed)]) == fed:
+        # With nothing left to read there would be no logits to go on from: those that the last
+        # token was drawn from may be estimates.
+        if len(ids) > len(fed) and list(ids[: len(fed)]) == fed:
             return Settling(
                 job, sequence.index, ids, chain, messages or 0, len(fed), sequence.state
             )

@@ -43,6 +43,10 @@ REMEMBERED = 100_000
 """Ids of evicted states that are remembered as such."""
 MAX_WRITING = 64
 """States that wait to be written, at most: a cache may do without one."""
+LOOK_SECONDS = 1.0
+"""Between looks for what other servers have written."""
+MEASURE_SECONDS = 10.0
+"""Between measurements of a folder that other servers may write to."""
 STALE_SECONDS = 3600
 """Age of a temporary file that nobody is writing any more."""
 # What is kept because somebody asked for it, and what may go.
@@ -177,7 +181,8 @@ class StateStore:
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._evicted: OrderedDict[str, None] = OrderedDict()
         self._on_disk: dict[str, Path] = {}
-        self._seen: tuple[int, ...] = ()
+        self._looked = -LOOK_SECONDS
+        self._disk_used, self._measured = 0, -MEASURE_SECONDS
         self._lock = threading.RLock()
         self._writer = ThreadPoolExecutor(1, "spikelm-states")
         self._writing: set[Future[None]] = set()
@@ -359,7 +364,7 @@ class StateStore:
         if kept is not None:
             self._kept.move_to_end(key)
             return kept
-        path = self._on_disk.get(key)
+        path = self._path(key)
         if path is None:
             return None
         try:
@@ -397,21 +402,26 @@ class StateStore:
         self.used -= kept.nbytes if kept else 0
 
     def _look(self) -> None:
-        """Learns what is on the disk, also from other servers."""
-        if self.folder is None:
+        """Learns what is on the disk, also from other servers, from time to time."""
+        now = time.monotonic()
+        if self.folder is None or now - self._looked < LOOK_SECONDS:
             return
-        folders = [self.folder / part for part in (CACHE, SAVED)]
-        seen = tuple(folder.stat().st_mtime_ns for folder in folders)
-        if seen != self._seen:
-            self._on_disk = {
-                entry.name.removesuffix(SUFFIX): Path(entry.path)
-                for folder in folders
-                for entry in os.scandir(folder)
-                if entry.name.endswith(SUFFIX)
-                and _ID.fullmatch(entry.name.removesuffix(SUFFIX))
-                and entry.is_file(follow_symlinks=False)
-            }
-            self._seen = seen
+        self._looked = now
+        self._on_disk = {
+            entry.name.removesuffix(SUFFIX): Path(entry.path)
+            for part in (CACHE, SAVED)
+            for entry in os.scandir(self.folder / part)
+            if _ID.fullmatch(entry.name.removesuffix(SUFFIX)) and entry.name.endswith(SUFFIX)
+        }
+
+    def _path(self, key: str) -> Path | None:
+        """Its file, if there is one."""
+        path = self._on_disk.get(key)
+        if path is None and self.folder is not None:
+            # Another server's, written since the last look.
+            paths = (self.folder / part / f"{key}{SUFFIX}" for part in (SAVED, CACHE))
+            path = next((path for path in paths if path.is_file()), None)
+        return None if path is None or path.is_symlink() else path
 
     def _later(self, work: Callable[[], None]) -> None:
         def safely() -> None:
@@ -458,21 +468,25 @@ class StateStore:
 
     def _make_room(self, size: int, for_good: bool) -> None:
         assert self.folder is not None
+        now = time.monotonic()
+        soon = now - self._measured < MEASURE_SECONDS
+        if soon and not for_good and self._disk_used + size <= self.disk_bytes:
+            self._disk_used += size
+            return
         saved = sum(_sizes(self.folder / SAVED).values())
         if for_good and saved + size > self.disk_bytes:
             raise _no_room("disk")
         cached = _sizes(self.folder / CACHE)
         total = saved + sum(cached.values()) + size
-        if total <= self.disk_bytes:
-            return
         for path in sorted(cached, key=_last_used):
+            if total <= self.disk_bytes:
+                break
             with contextlib.suppress(OSError):
                 path.unlink()
             with self._lock:
                 self._on_disk.pop(path.name.removesuffix(SUFFIX), None)
             total -= cached[path]
-            if total <= self.disk_bytes:
-                return
+        self._disk_used, self._measured = total, now
         if total > self.disk_bytes:
             raise _no_room("disk")
 

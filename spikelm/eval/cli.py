@@ -471,9 +471,9 @@ def _bench_length(args: argparse.Namespace) -> int:
     return 0
 
 
-def _in_training(function: str) -> Callable[[Any], Any]:
-    """A function of the benchmark that trains, whose package stands above this one."""
-    return lambda given: getattr(importlib.import_module("spikelm_train.bench"), function)(given)
+def _above(module: str, function: str) -> Callable[[Any], Any]:
+    """A function of a benchmark whose package stands above this one."""
+    return lambda given: getattr(importlib.import_module(module), function)(given)
 
 
 # What a command is about, the options it adds to a parser, and what runs it.
@@ -528,8 +528,13 @@ BENCHES: dict[
     ),
     "train": (
         "a training step beside the bare model's, the dense model's and a Transformer's",
-        _in_training("add_options"),
-        _in_training("run"),
+        _above("spikelm_train.bench", "add_options"),
+        _above("spikelm_train.bench", "run"),
+    ),
+    "serve": (
+        "a server under load, late turns of a chat beside early ones, forks",
+        _above("spikelm_serve.bench", "add_options"),
+        _above("spikelm_serve.bench", "run"),
     ),
     "steps": (
         "what sending changes of counts, or stopping at a sure token, would save and cost",

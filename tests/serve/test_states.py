@@ -21,9 +21,15 @@ from safetensors.torch import save
 
 from spikelm.errors import ConfigError, RequestError
 from spikelm.state import State
+from spikelm_serve import states
 from spikelm_serve.states import CACHE, SAVED, Kept, StateStore, describe
 
 Make = Callable[..., StateStore]
+
+
+@pytest.fixture(autouse=True)
+def _looking_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "LOOK_SECONDS", 0.0)
 
 
 def state(value: float = 0.0) -> State:

@@ -1,1 +1,691 @@
+// The web page of `spikelm serve`: a conversation as a tree of turns.
+//
+// A turn is a message and its answer. It keeps the id of the server's state after the answer, and
+// states never change: going on from any turn sends only the new message, and makes a new branch
+// where the turn has been gone on from before.
+//
+// What the model says is hostile input: it reaches the page as text nodes, never as markup.
 
+const $ = (id) => document.getElementById(id);
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+// ---------------------------------------------------------------- what the browser remembers
+
+// Browsers can forbid storage; the page then works without a memory.
+function recall(area, name) {
+  try {
+    return window[area].getItem(`spikelm.${name}`);
+  } catch {
+    return null;
+  }
+}
+
+function remember(area, name, value) {
+  try {
+    window[area].setItem(`spikelm.${name}`, value);
+  } catch {
+    // See `recall`.
+  }
+}
+
+// ---------------------------------------------------------------- the server
+
+class ServerError extends Error {
+  constructor({ message, code, param } = {}) {
+    super(message || "the server gave no reason");
+    this.code = code;
+    this.param = param;
+  }
+
+  // The state that was named is gone, or this model's template cannot go on from it.
+  get isAboutState() {
+    return this.code === "state_not_found" || this.param === "state.from";
+  }
+}
+
+// Paths are relative: the page also works behind a proxy that puts it into a folder.
+async function call(path, { body, signal } = {}) {
+  const headers = {};
+  const key = $("key").value.trim();
+  if (key) headers.Authorization = `Bearer ${key}`;
+  if (body) headers["Content-Type"] = "application/json";
+  const options = { method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal };
+  let response;
+  try {
+    response = await fetch(path, options);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ServerError({ message: `the server cannot be reached (${error.message})` });
+  }
+  if (response.ok) return response;
+  // A proxy may answer with something other than the server's JSON.
+  const given = await response.json().catch(() => null);
+  throw new ServerError(given?.error ?? { message: `${response.status} ${response.statusText}` });
+}
+
+// The data of server-sent events, until `[DONE]`.
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let unread = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new ServerError({ message: "the connection was cut before the answer ended" });
+    const blocks = (unread + value).split("\n\n");
+    unread = blocks.pop();
+    for (const block of blocks) {
+      // Anything else is a comment: ": ping".
+      if (!block.startsWith("data: ")) continue;
+      const data = block.slice("data: ".length);
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new ServerError(event.error);
+      yield event;
+    }
+  }
+}
+
+// ---------------------------------------------------------------- the tree
+
+class Turn {
+  static count = 0;
+
+  constructor(parent, message = "", system = "") {
+    this.parent = parent;
+    this.children = [];
+    this.message = message;
+    this.system = system;
+    this.answer = "";
+    this.state = null; // the id of the server's state after the answer
+    this.seed = null;
+    this.finish = null;
+    this.firstTokenMs = null;
+    this.result = null; // the last event: usage, timings, state
+    this.name = null;
+    this.saved = false;
+    this.note = "";
+    this.id = `turn-${Turn.count++}`;
+    parent?.children.push(this);
+  }
+
+  // From the first turn to this one, without the root.
+  get path() {
+    const found = [];
+    for (let turn = this; turn.parent; turn = turn.parent) found.unshift(turn);
+    return found;
+  }
+
+  get asked() {
+    const system = this.system ? [{ role: "system", content: this.system }] : [];
+    return [...system, { role: "user", content: this.message }];
+  }
+
+  // The whole conversation up to this turn's message.
+  get conversation() {
+    const before = this.parent.path.flatMap((turn) => [
+      ...turn.asked,
+      { role: "assistant", content: turn.answer },
+    ]);
+    return [...before, ...this.asked];
+  }
+
+  leave() {
+    this.parent.children = this.parent.children.filter((turn) => turn !== this);
+  }
+}
+
+const root = new Turn(null);
+let current = root; // the turn that the next message goes on from
+let running = null; // the answer that is being streamed: {turn, controller, started, text, status}
+
+// ---------------------------------------------------------------- asking
+
+// The sampling fields of a request; empty ones are left to the server.
+function sampling() {
+  const fields = {};
+  for (const input of $("controls").querySelectorAll("input[type=number]")) {
+    if (input.value !== "") fields[input.name] = input.valueAsNumber;
+  }
+  const stop = $("controls").elements.stop.value.split("\n").filter(Boolean);
+  if (stop.length) fields.stop = stop.map((text) => text.replaceAll("\\n", "\n"));
+  return fields;
+}
+
+function send() {
+  const message = $("input").value.trim();
+  if (!message || running || !controlsAreValid()) return;
+  const system = current === root ? $("controls").elements.system.value.trim() : "";
+  $("input").value = "";
+  fitInput();
+  answer(new Turn(current, message, system), current);
+}
+
+function regenerate(turn) {
+  if (running || !controlsAreValid()) return;
+  answer(new Turn(turn.parent, turn.message, turn.system), turn);
+}
+
+function controlsAreValid() {
+  if ($("controls").checkValidity()) return true;
+  openPanel("side");
+  return $("controls").reportValidity();
+}
+
+// Streams the answer of a new turn. One that brought nothing is taken back, to `before`.
+async function answer(turn, before) {
+  const controller = new AbortController();
+  running = { turn, controller, started: performance.now(), text: null, status: null };
+  current = turn;
+  showAlert("");
+  $("spoken").textContent = "";
+  showAll();
+  scrollToEnd();
+  const fields = sampling();
+  // The seed is chosen here, so that an answer can be repeated. With a fixed one, another answer
+  // to the same message takes the next.
+  const given = fields.seed ?? crypto.getRandomValues(new Uint32Array(1))[0];
+  const twins = turn.parent.children.filter((other) => other.message === turn.message).length - 1;
+  turn.seed = fields.seed === undefined ? given : given + twins;
+  fields.seed = turn.seed;
+  let failure = null;
+  try {
+    await stream(turn, fields, turn.parent.state);
+  } catch (error) {
+    failure = error;
+  }
+  if (failure instanceof ServerError && failure.isAboutState && turn.parent.state) {
+    turn.note = `Sent the whole branch again: ${failure.message}.`;
+    turn.parent.state = null;
+    failure = await stream(turn, fields, null).catch((error) => error);
+  }
+  // Ends the request in any case, also where an error left its stream unread.
+  controller.abort();
+  running = null;
+  finished(turn, before, failure);
+}
+
+async function stream(turn, fields, from) {
+  const body = {
+    ...fields,
+    messages: from ? turn.asked : turn.conversation,
+    stream: true,
+    stream_options: { include_usage: true },
+    return_progress: true,
+  };
+  if (from) body.state = { from };
+  const { signal } = running.controller;
+  const response = await call("v1/chat/completions", { body, signal });
+  for await (const event of events(response)) {
+    const { delta, finish_reason } = event.choices?.[0] ?? {};
+    if (event.prompt_progress) showProgress(event.prompt_progress);
+    if (delta?.content) {
+      turn.firstTokenMs ??= performance.now() - running.started;
+      turn.answer += delta.content;
+      showMore(delta.content);
+    }
+    turn.finish = finish_reason ?? turn.finish;
+    if (event.timings) keep(turn, event);
+  }
+}
+
+function keep(turn, event) {
+  turn.result = event;
+  // Only behind a whole message can a conversation go on.
+  if (event.state?.role === "assistant") turn.state = event.state.id;
+}
+
+function finished(turn, before, failure) {
+  const wasStopped = failure?.name === "AbortError";
+  if (failure && !wasStopped) showAlert(failure.message);
+  if (failure && !turn.answer) {
+    turn.leave();
+    if (current === turn) current = before;
+    // A message that was typed, not an answer asked for again, goes back to where it was typed.
+    if (before === turn.parent && !$("input").value) $("input").value = turn.message;
+    fitInput();
+  } else if (failure) {
+    turn.note = wasStopped ? "Stopped." : `Cut off: ${failure.message}.`;
+  }
+  $("spoken").textContent = failure ? turn.note : turn.answer;
+  showAll();
+  pollSilence();
+}
+
+async function pollSilence() {
+  let text = "";
+  try {
+    text = await (await call("metrics")).text();
+  } catch {
+    // Only this number is missing then.
+  }
+  const found = text.match(/^spikelm_silent_fraction (\S+)$/m);
+  const fraction = found ? Number(found[1]) : 0;
+  // 0 also stands for a model that was not measured.
+  $("silent").textContent = fraction ? `${(fraction * 100).toFixed(1)} %` : "–";
+  $("silent-bar").value = fraction;
+}
+
+async function showModel() {
+  try {
+    const { data } = await (await call("v1/models")).json();
+    $("model").textContent = data[0].id;
+    document.title = `${data[0].id} – spikelm`;
+    showAlert("");
+  } catch (error) {
+    $("model").textContent = "";
+    showAlert(error.message);
+  }
+}
+
+// ---------------------------------------------------------------- the conversation
+
+function goTo(turn) {
+  current = turn;
+  showAll();
+  scrollToEnd();
+}
+
+// The message goes back into the input; sent from the turn before, it starts a branch.
+function edit(turn) {
+  goTo(turn.parent);
+  $("input").value = turn.message;
+  fitInput();
+  $("input").focus();
+}
+
+function showAll() {
+  showChat();
+  showTree();
+  showBranch();
+  showMeasured();
+}
+
+function showChat() {
+  const { path } = current;
+  $("chat").replaceChildren(...path.map(turnView));
+  if (!path.length) {
+    const welcome =
+      "Every answer keeps the model's state. Choose a turn in the tree to go back to it; " +
+      "the next message starts a branch there, and only that message is read.";
+    $("chat").append(element("p", { className: "welcome", textContent: welcome }));
+  }
+  const others = current.children.length;
+  const branches = others === 1 ? "another branch" : `${others} other branches`;
+  $("hint").textContent = others ? `The next message starts a branch here, beside ${branches}.` : "";
+  $("send").hidden = Boolean(running);
+  $("stop").hidden = !running;
+}
+
+function turnView(turn) {
+  const view = element("article", { className: "turn" });
+  const add = (className, text) => {
+    const part = element("p", { className, textContent: text });
+    view.append(part);
+    return part;
+  };
+  if (turn.system) add("system", turn.system);
+  add("message", turn.message);
+  const said = add("answer", turn.answer);
+  if (running?.turn === turn) {
+    // A text node of its own: appending to it does not copy what is there.
+    running.text = said.firstChild ?? said.appendChild(document.createTextNode(""));
+    running.status = add("quiet", "");
+    view.setAttribute("aria-busy", "true");
+    said.classList.add("running");
+    return view;
+  }
+  if (turn.note) add("note", turn.note);
+  view.append(actions(turn));
+  return view;
+}
+
+function actions(turn) {
+  const button = (text, label, act, disabled = Boolean(running)) =>
+    element("button", { textContent: text, ariaLabel: label, title: label, onclick: act, disabled });
+  const row = element("div", { className: "actions" });
+  const { children } = turn.parent;
+  const at = children.indexOf(turn);
+  if (children.length > 1) {
+    row.append(
+      button("‹", "Branch before", () => goBeside(turn, -1), at === 0),
+      element("span", { textContent: `${at + 1}/${children.length}` }),
+      button("›", "Next branch", () => goBeside(turn, 1), at === children.length - 1),
+    );
+  }
+  row.append(
+    button("Regenerate", "Another answer, as a branch", () => regenerate(turn)),
+    button("Edit", "Change the message, as a branch", () => edit(turn)),
+  );
+  const { usage, timings } = turn.result ?? {};
+  const facts = [];
+  if (usage) facts.push(tokens(usage.completion_tokens));
+  if (timings?.predicted_per_second) facts.push(`${rate(timings)}/s`);
+  if (turn.finish === "length") facts.push("cut at max tokens");
+  facts.push(`seed ${turn.seed}`);
+  row.append(element("span", { className: "facts", textContent: facts.join(" · ") }));
+  return row;
+}
+
+// To the end of the branch before or after: its newest turn.
+function goBeside(turn, step) {
+  const { children } = turn.parent;
+  let found = children[children.indexOf(turn) + step];
+  const beside = found;
+  while (found.children.length) found = found.children.at(-1);
+  goTo(found);
+  // The button that was pressed is gone; the same one of the other branch takes its place.
+  const view = $("chat").children[beside.path.length - 1];
+  const [back, next] = view.querySelectorAll(".actions button");
+  const [wanted, other] = step < 0 ? [back, next] : [next, back];
+  (wanted.disabled ? other : wanted).focus();
+}
+
+function showMore(text) {
+  const chat = $("chat");
+  const isAtEnd = chat.scrollHeight - chat.scrollTop - chat.clientHeight < 40;
+  running.text.appendData(text);
+  running.status.textContent = "";
+  $("first").textContent = milliseconds(running.turn.firstTokenMs);
+  // Whoever scrolled up to read stays there.
+  if (isAtEnd) scrollToEnd();
+}
+
+function showProgress({ processed, total }) {
+  if (!running.turn.answer) running.status.textContent = `Reading: ${processed} of ${total} tokens`;
+}
+
+function scrollToEnd() {
+  $("chat").scrollTop = $("chat").scrollHeight;
+}
+
+function showAlert(text) {
+  $("alert").hidden = !text;
+  $("alert").firstElementChild.textContent = text;
+}
+
+// ---------------------------------------------------------------- the tree panel
+
+let listed = []; // the turns in the order of their rows
+let focused = root; // the one row that Tab reaches
+
+function showTree() {
+  const tree = $("tree");
+  const hadFocus = tree.contains(document.activeElement);
+  if (!hadFocus) focused = current;
+  const branch = new Set([root, ...current.path]);
+  const rows = [];
+  listed = [];
+  const add = (turn, level, indent) => {
+    listed.push(turn);
+    rows.push(rowView(turn, level, indent, branch));
+    // Only branches are indented: a long conversation stays readable in a narrow panel.
+    const deeper = indent + (turn.children.length > 1 ? 1 : 0);
+    for (const child of turn.children) add(child, level + 1, deeper);
+  };
+  add(root, 1, 0);
+  tree.replaceChildren(...rows);
+  if (hadFocus) focusRow(listed.includes(focused) ? focused : current);
+  else $(current.id).scrollIntoView({ block: "nearest" });
+}
+
+function rowView(turn, level, indent, branch) {
+  const siblings = turn.parent?.children ?? [turn];
+  const row = element("div", { id: turn.id, role: "treeitem", tabIndex: -1, className: "item" });
+  row.ariaLevel = level;
+  row.ariaSetSize = siblings.length;
+  row.ariaPosInSet = siblings.indexOf(turn) + 1;
+  row.ariaSelected = turn === current;
+  row.style.setProperty("--indent", Math.min(indent, 8));
+  row.classList.toggle("on-branch", branch.has(turn));
+  if (turn === focused) row.tabIndex = 0;
+  const name = turn.saved ? `◆ ${turn.name ?? "saved"}` : "";
+  if (name) row.append(element("span", { className: "saved", textContent: name }));
+  const message = turn === root ? "Beginning" : turn.message;
+  row.append(element("span", { className: "asked", textContent: message }));
+  if (turn.answer) row.append(element("span", { className: "said", textContent: turn.answer }));
+  row.onclick = () => choose(turn);
+  return row;
+}
+
+function choose(turn) {
+  focused = turn;
+  goTo(turn);
+  closePanels();
+}
+
+function focusRow(turn) {
+  $(focused.id)?.setAttribute("tabindex", "-1");
+  focused = turn;
+  $(turn.id).tabIndex = 0;
+  $(turn.id).focus();
+}
+
+function treeKey(event) {
+  const at = listed.indexOf(focused);
+  const near = {
+    ArrowUp: listed[at - 1],
+    ArrowDown: listed[at + 1],
+    ArrowLeft: focused.parent,
+    ArrowRight: focused.children[0],
+    Home: root,
+    End: listed.at(-1),
+  };
+  if (event.key in near) {
+    if (near[event.key]) focusRow(near[event.key]);
+  } else if (event.key === "Enter" || event.key === " ") {
+    choose(focused);
+  } else if (event.key === "F2") {
+    goTo(focused);
+    $("name").focus();
+  } else if (event.key === "Delete") {
+    remove(focused);
+  } else {
+    return;
+  }
+  event.preventDefault();
+}
+
+function showBranch() {
+  $("name").value = current.name ?? "";
+  $("name").disabled = $("save").disabled = !current.state;
+  $("remove").disabled = current === root;
+}
+
+async function save() {
+  const turn = current;
+  try {
+    const body = { name: $("name").value.trim() || null };
+    const state = await (await call(`v1/states/${turn.state}/save`, { body })).json();
+    turn.name = state.name;
+    turn.saved = true;
+    showAlert("");
+    showTree();
+  } catch (error) {
+    showAlert(error.message);
+  }
+}
+
+// Forgets a turn and all behind it. The server keeps its states for as long as it likes.
+function remove(turn) {
+  const behind = turn.children.length ? " and all that follows it" : "";
+  if (turn === root || !confirm(`Remove “${turn.message.slice(0, 60)}”${behind}?`)) return;
+  if (running?.turn.path.includes(turn)) running.controller.abort();
+  const wasCurrent = current.path.includes(turn);
+  turn.leave();
+  focused = turn.parent;
+  if (wasCurrent) goTo(turn.parent);
+  else showTree();
+}
+
+// ---------------------------------------------------------------- measurements
+
+const count = (number) => number.toLocaleString("en");
+const tokens = (number) => `${count(number)} ${number === 1 ? "token" : "tokens"}`;
+const rate = (timings) => count(Math.round(timings.predicted_per_second));
+const milliseconds = (number) => (number === null ? "–" : `${count(Math.round(number))} ms`);
+
+const MISSES = {
+  no_prefix: "No state had read the beginning of this prompt.",
+  evicted: "The state of this beginning had left the server's memory.",
+  disabled: "This request was not to use states.",
+};
+
+// Of the current turn: going back in the tree goes back to its numbers.
+function showMeasured() {
+  const { usage, timings, cache_miss, state_bytes } = current.result ?? {};
+  $("speed").textContent = timings?.predicted_per_second ? `${rate(timings)} tokens/s` : "–";
+  $("first").textContent = milliseconds(current.firstTokenMs);
+  const cached = usage?.prompt_tokens_details.cached_tokens;
+  $("cached").textContent = usage ? `${count(cached)} of ${tokens(usage.prompt_tokens)}` : "–";
+  $("cached-bar").value = usage?.prompt_tokens ? cached / usage.prompt_tokens : 0;
+  $("miss").textContent = cache_miss ? (MISSES[cache_miss] ?? cache_miss) : "";
+  $("bytes").textContent = state_bytes ? `${count(state_bytes)} bytes` : "–";
+  showGrowth();
+}
+
+// The bytes of the state over the tokens it has read, as they were measured along this branch.
+function showGrowth() {
+  const points = current.path
+    .filter((turn) => turn.result?.state)
+    .map(({ result }) => ({ read: result.state.tokens, bytes: result.state_bytes }));
+  const most = Math.max(...points.map((point) => point.bytes));
+  const longest = points.at(-1)?.read;
+  const line = points.map(({ read, bytes }) => [(read / longest) * 200, 40 - (bytes / most) * 26]);
+  // One measurement is drawn as a line too: the state has its size before the first token.
+  if (line.length) line.unshift([0, line[0][1]]);
+  $("bytes-plot").firstElementChild.setAttribute("points", line.join(" "));
+  $("growth").textContent = growth(points);
+}
+
+function growth(points) {
+  if (!points.length) return "";
+  const [first, last] = [points[0], points.at(-1)];
+  if (points.length === 1) return `After ${tokens(first.read)}.`;
+  const isConstant = points.every((point) => point.bytes === first.bytes);
+  const size = isConstant ? "The same" : "Not the same";
+  return `${size} after ${count(first.read)} and after ${tokens(last.read)}.`;
+}
+
+// ---------------------------------------------------------------- controls, theme, panels
+
+function restoreControls() {
+  let stored = {};
+  try {
+    stored = JSON.parse(recall("localStorage", "controls")) ?? {};
+  } catch {
+    // Written by something else: the defaults then.
+  }
+  for (const field of $("controls").elements) {
+    if (field.name && typeof stored[field.name] === "string") field.value = stored[field.name];
+  }
+  $("key").value = recall("sessionStorage", "key") ?? "";
+}
+
+function storeControls() {
+  // The key has no name, so it is not among these: it stays in this tab's session.
+  const fields = Object.fromEntries(new FormData($("controls")));
+  remember("localStorage", "controls", JSON.stringify(fields));
+  remember("sessionStorage", "key", $("key").value);
+}
+
+const THEMES = { auto: "Auto", light: "Light", dark: "Dark" };
+
+function showTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  $("theme").textContent = THEMES[theme];
+  $("theme").ariaLabel = $("theme").title = `Theme: ${theme}`;
+}
+
+function nextTheme() {
+  const names = Object.keys(THEMES);
+  const shown = document.documentElement.dataset.theme;
+  const next = names[(names.indexOf(shown) + 1) % names.length];
+  remember("localStorage", "theme", next);
+  showTheme(next);
+}
+
+// In a narrow window the panels lie over the conversation, one at a time.
+function openPanel(name) {
+  for (const each of ["tree", "side"]) {
+    const isOpen = each === name;
+    $(`${each}-panel`).classList.toggle("open", isOpen);
+    $(`show-${each}`).ariaExpanded = isOpen;
+  }
+}
+
+function closePanels() {
+  openPanel(null);
+}
+
+function togglePanel(name) {
+  openPanel($(`${name}-panel`).classList.contains("open") ? null : name);
+}
+
+// As high as its text, within what the style sheet allows.
+function fitInput() {
+  const input = $("input");
+  input.style.height = "auto";
+  input.style.height = `${input.scrollHeight + 2}px`;
+}
+
+// ---------------------------------------------------------------- events
+
+$("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  send();
+});
+$("input").addEventListener("input", fitInput);
+$("input").addEventListener("keydown", (event) => {
+  // Enter also ends the composition of a character.
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  send();
+});
+$("stop").addEventListener("click", () => running?.controller.abort());
+$("alert").lastElementChild.addEventListener("click", () => showAlert(""));
+$("new").addEventListener("click", () => {
+  choose(root);
+  $("input").focus();
+});
+$("theme").addEventListener("click", nextTheme);
+$("show-tree").addEventListener("click", () => togglePanel("tree"));
+$("show-side").addEventListener("click", () => togglePanel("side"));
+$("tree").addEventListener("keydown", treeKey);
+$("branch").addEventListener("submit", (event) => {
+  event.preventDefault();
+  save();
+});
+$("remove").addEventListener("click", () => remove(current));
+$("controls").addEventListener("submit", (event) => event.preventDefault());
+$("controls").addEventListener("input", storeControls);
+$("controls").addEventListener("reset", () => {
+  // The fields have their defaults after this event; the key is not one of the settings.
+  const key = $("key").value;
+  setTimeout(() => {
+    $("key").value = key;
+    storeControls();
+  });
+});
+$("key").addEventListener("change", showModel);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") {
+    if (running) running.controller.abort();
+    else closePanels();
+  } else if (event.key === "/" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    closePanels();
+    $("input").focus();
+  }
+});
+
+const theme = recall("localStorage", "theme");
+showTheme(theme in THEMES ? theme : "auto");
+restoreControls();
+showAll();
+showModel();
+pollSilence();
+$("input").focus();

@@ -1,0 +1,295 @@
+"""`spikelm bench serve`: what a started server does under load. No torch at import.
+
+load    tokens/s, time to the first token and between tokens at several numbers of streams
+turns   time to the first token of late turns of a chat over that of early ones; after a restart
+fork    time of a fork, and of the first token behind it
+
+The server is a process of its own, the clients another: plain sockets, so that they cost little. Of
+each number of streams as many requests are sent as the largest has; all rounds take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spikelm.errors import ConfigError, SpikelmError
+
+PARTS = ("load", "turns", "fork")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), metavar="PART,...", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--streams", default="1,4,16,64", metavar="N,...", help="at a time (%(default)s)"
+    )
+    parser.add_argument("--tokens", type=int, default=200, help="of an answer (%(default)s)")
+    parser.add_argument("--turns", type=int, default=200, help="of a chat (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of turns (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    parts = args.parts.split(",")
+    if not set(parts) <= set(PARTS):
+        raise ConfigError(f"--parts {args.parts} given; allowed: some of {', '.join(PARTS)}")
+    streams = [int(number) for number in args.streams.split(",")]
+    report: dict[str, Any] = {"model": args.model, "tokens": args.tokens, "rounds": args.rounds}
+    if "load" in parts:
+        with serving(args.model, "--slots", str(max(streams))) as port:
+            report["load"] = load(port, streams, args.tokens, args.rounds)
+    if "turns" in parts:
+        report["turns"] = turns(args.model, args.turns)
+    if "fork" in parts:
+        with serving(args.model) as port:
+            report["fork"] = forks(port)
+    print(json.dumps(report, indent=2) if args.json else describe(report))
+    return 0
+
+
+@contextlib.contextmanager
+def serving(model: str, *options: str) -> Iterator[int]:
+    """A server of the model; its port."""
+    command = [sys.executable, "-m", "spikelm", "serve", model, "--port", "0", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            if not line:
+                raise SpikelmError("the server did not start; its message is above")
+            yield int(line.partition(" at http://127.0.0.1:")[2].partition("/")[0])
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@dataclass
+class Heard:
+    """What a client noticed of an answer."""
+
+    first: float = 0.0
+    """Seconds until the first text."""
+    gaps: list[float] = field(default_factory=list)
+    """Seconds between pieces of text."""
+    last: dict[str, Any] = field(default_factory=dict)
+    """The last chunk."""
+
+
+async def ask(port: int, path: str, body: dict[str, Any], timeout: float = 600) -> Heard:
+    """A streamed answer."""
+    began, heard, at = time.perf_counter(), Heard(), None
+    async with asyncio.timeout(timeout):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        data = json.dumps({**body, "stream": True}).encode()
+        writer.write(
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+            + data
+        )
+        tail = b""
+        while piece := await reader.read(1 << 16):
+            now = time.perf_counter()
+            tail = (tail + piece)[-1 << 16 :]
+            if b"data: {" not in piece:
+                continue
+            if at is None:
+                heard.first = now - began
+            else:
+                heard.gaps.append(now - at)
+            at = now
+        writer.close()
+    lines = [line for line in tail.split(b"\n") if line.startswith(b"data: {")]
+    if not lines or b'"error"' in lines[-1]:
+        raise SpikelmError(f"the server answered: {tail[-300:].decode(errors='replace')}")
+    heard.last = json.loads(lines[-1][6:])
+    return heard
+
+
+def load(port: int, streams: Sequence[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Medians over rounds of what clients notice, by number of streams."""
+    measured: dict[int, list[dict[str, float]]] = {number: [] for number in streams}
+    for turn in range(rounds):
+        for number in streams:
+            measured[number].append(asyncio.run(_burst(port, number, max(streams), tokens, turn)))
+    found = []
+    for number, all_rounds in measured.items():
+        names = all_rounds[0].keys()
+        row = {name: statistics.median(each[name] for each in all_rounds) for name in names}
+        found.append({"streams": number, **row})
+    for row in found:
+        row["over_one_stream"] = row["tokens_per_second"] / found[0]["tokens_per_second"]
+    return found
+
+
+async def _burst(port: int, number: int, total: int, tokens: int, turn: int) -> dict[str, float]:
+    heard: list[Heard] = []
+    waiting = iter(range(total))
+
+    async def client() -> None:
+        for request in waiting:
+            body = {
+                "prompt": f"Round {turn}, streams {number}, request {request}: the function",
+                "max_tokens": tokens,
+                "seed": request,
+                # Nothing but the number of tokens ends it.
+                "logit_bias": {str(stop): -100 for stop in stops},
+            }
+            heard.append(await ask(port, "/v1/completions", body))
+
+    stops = await _stop_ids(port)
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(number)))
+    seconds = time.perf_counter() - began
+    first = [each.first for each in heard]
+    gaps = [gap for each in heard for gap in each.gaps]
+    return {
+        "tokens_per_second": total * tokens / seconds,
+        "requests_per_second": total / seconds,
+        **{f"first_token_ms_p{q}": 1000 * _quantile(first, q) for q in (50, 95, 99)},
+        **{f"between_ms_p{q}": 1000 * _quantile(gaps, q) for q in (50, 95, 99)},
+    }
+
+
+async def _stop_ids(port: int) -> list[int]:
+    found = await _call(
+        port, "POST", "/tokenize", {"prompt": "<|endoftext|>", "parse_special": True}
+    )
+    ids: list[int] = found["tokens"]
+    return ids if len(ids) == 1 else []
+
+
+async def _call(port: int, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = b"" if body is None else json.dumps(body).encode()
+    writer.write(
+        f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        + data
+    )
+    answer = await reader.read()
+    writer.close()
+    found: dict[str, Any] = json.loads(answer.partition(b"\r\n\r\n")[2])
+    return found
+
+
+def turns(model: str, number: int) -> dict[str, Any]:
+    """First-token times of a chat's turns: from the second, the last ten, and ten after a restart.
+    Clients send the new message alone.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = ("--state-dir", str(Path(folder)))
+        state: str | None = None
+        times: list[float] = []
+        sizes = []
+        with serving(model, *options) as port:
+            for turn in range(number):
+                heard = asyncio.run(ask(port, "/v1/chat/completions", _message(turn, state)))
+                state = heard.last["state"]["id"]
+                sizes.append(heard.last["state_bytes"])
+                times.append(heard.first)
+            asyncio.run(_call(port, "POST", f"/v1/states/{state}/save", {}))
+        again: list[float] = []
+        with serving(model, *options) as port:
+            for turn in range(number, number + 10):
+                heard = asyncio.run(ask(port, "/v1/chat/completions", _message(turn, state)))
+                state = heard.last["state"]["id"]
+                again.append(heard.first)
+            tokens = heard.last["state"]["tokens"]
+    early, late = statistics.median(times[1:11]), statistics.median(times[-10:])
+    # The first one behind a restart reads its state from the disk.
+    restarted = statistics.median(again[1:])
+    return {
+        "turns": number,
+        "tokens": tokens,
+        "early_ms": 1000 * early,
+        "late_ms": 1000 * late,
+        "restarted_ms": 1000 * restarted,
+        "first_behind_restart_ms": 1000 * again[0],
+        "late_over_early": late / early,
+        "restarted_over_early": restarted / early,
+        "state_bytes_early": sizes[1],
+        "state_bytes_late": sizes[-1],
+    }
+
+
+def _message(turn: int, state: str | None) -> dict[str, Any]:
+    content = f"This is message {turn % 10} of many."
+    return {
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 16,
+        "seed": turn,
+        **({"state": {"from": state}} if state else {}),
+    }
+
+
+def forks(port: int, number: int = 64) -> dict[str, Any]:
+    """Time of a fork of one state, and until the first token of what goes on from it."""
+    heard = asyncio.run(ask(port, "/v1/chat/completions", _message(0, None)))
+    state, took, first = heard.last["state"]["id"], [], []
+    for turn in range(number):
+        began = time.perf_counter()
+        fork = asyncio.run(_call(port, "POST", f"/v1/states/{state}/fork", {}))
+        took.append(time.perf_counter() - began)
+        heard = asyncio.run(ask(port, "/v1/chat/completions", _message(turn, fork["id"])))
+        first.append(heard.first)
+    return {
+        "forks": number,
+        "fork_ms": 1000 * statistics.median(took),
+        "first_token_ms": 1000 * statistics.median(first),
+        "state_bytes": fork["bytes"],
+    }
+
+
+def _quantile(values: Sequence[float], percent: int) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] if ordered else 0.0
+
+
+def describe(report: dict[str, Any]) -> str:
+    """As text."""
+    lines = []
+    if "load" in report:
+        head = ["streams", "tokens/s", "x 1", "requests/s", "first p50", "p95", "p99"]
+        head += ["between p50", "p95", "p99"]
+        lines.append("  ".join(f"{name:>11}" for name in head))
+        for row in report["load"]:
+            values = (
+                f"{row['streams']}",
+                f"{row['tokens_per_second']:.0f}",
+                f"{row['over_one_stream']:.2f}",
+                f"{row['requests_per_second']:.1f}",
+                *(f"{row[f'first_token_ms_p{q}']:.1f}" for q in (50, 95, 99)),
+                *(f"{row[f'between_ms_p{q}']:.2f}" for q in (50, 95, 99)),
+            )
+            lines.append("  ".join(f"{value:>11}" for value in values))
+        lines.append(f"ms; {report['tokens']} tokens each, medians of {report['rounds']} rounds\n")
+    if "turns" in report:
+        found = report["turns"]
+        lines.append(
+            f"turns 2 to 11 of a chat: first text after {found['early_ms']:.1f} ms; the last ten "
+            f"of {found['turns']} ({found['tokens']:,} tokens) {found['late_ms']:.1f} ms, "
+            f"{found['late_over_early']:.2f} times; behind a restart {found['restarted_ms']:.1f} "
+            f"ms, {found['restarted_over_early']:.2f} times (the very first "
+            f"{found['first_behind_restart_ms']:.1f} ms); state {found['state_bytes_early']:,} and "
+            f"{found['state_bytes_late']:,} bytes"
+        )
+    if "fork" in report:
+        found = report["fork"]
+        lines.append(
+            f"a fork takes {found['fork_ms']:.1f} ms, the first text behind it "
+            f"{found['first_token_ms']:.1f} ms; {found['state_bytes']:,} bytes"
+        )
+    return "\n".join(lines)
