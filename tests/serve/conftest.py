@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -164,3 +167,36 @@ def coded_engine(coded_folder: Path) -> Engine:
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_folder: Path) -> Engine:
     return Engine(load(tiny_folder))
+
+
+@pytest.fixture(scope="module")
+def real(coded_engine: Engine) -> Iterator[httpx.Client]:
+    """A client of a server of the coded model; shared."""
+    with (
+        serving(coded_engine) as url,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def started(coded_folder: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*options: str) -> tuple[subprocess.Popen[str], str]:
+        command = [sys.executable, "-m", "spikelm", "serve", str(coded_folder), "--port", "0"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [*command, *options], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        running.append(process)
+        assert process.stdout is not None
+        url = process.stdout.readline().partition(" at ")[2].partition("/v1")[0]
+        return process, url
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()

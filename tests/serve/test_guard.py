@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import statistics
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,29 +143,6 @@ def test_metrics_are_what_clients_counted(serve: Serve, coded_engine: Engine) ->
     assert after["spikelm_time_to_first_token_seconds_count"] == 20
     assert after["spikelm_num_requests_running"] == after["spikelm_num_requests_waiting"] == 0
     assert after["spikelm_state_pool_used_bytes"] > 0
-
-
-@pytest.fixture
-def started(coded_folder: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
-    running: list[subprocess.Popen[str]] = []
-
-    def start(*options: str) -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-m", "spikelm", "serve", str(coded_folder), "--port", "0"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [*command, *options], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        running.append(process)
-        assert process.stdout is not None
-        url = process.stdout.readline().partition(" at ")[2].partition("/v1")[0]
-        return process, url
-
-    yield start
-    for process in running:
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
 
 
 def test_sigterm_lets_streams_end(started: Any) -> None:

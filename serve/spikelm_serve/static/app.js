@@ -441,6 +441,7 @@ function rowView(turn, level, indent, branch) {
   row.ariaSelected = turn === current;
   row.style.setProperty("--indent", Math.min(indent, 8));
   row.classList.toggle("on-branch", branch.has(turn));
+  row.classList.toggle("branch-start", siblings.length > 1);
   if (turn === focused) row.tabIndex = 0;
   const name = turn.saved ? `◆ ${turn.name ?? "saved"}` : "";
   if (name) row.append(element("span", { className: "saved", textContent: name }));
