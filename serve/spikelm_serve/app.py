@@ -17,6 +17,7 @@ from spikelm.template import ChatTemplate
 from spikelm_serve.api import Api
 from spikelm_serve.keys import Keys
 from spikelm_serve.page import page
+from spikelm_serve.responses import Responses
 from spikelm_serve.scheduler import MAX_WAITING, SLOTS, Scheduler
 from spikelm_serve.states import StateStore
 from spikelm_serve.states_api import StatesApi
@@ -49,6 +50,7 @@ def create_app(
     store = store or StateStore("")
     scheduler = Scheduler(engine, store, slots=slots, max_waiting=max_waiting)
     api = Api(engine, model_name, template or ChatTemplate(), store, scheduler, max_body_bytes)
+    responses = Responses(api)
     states = StatesApi(api, allow_upload=allow_upload, max_state_bytes=max_state_bytes)
 
     @contextlib.asynccontextmanager
@@ -73,6 +75,8 @@ def create_app(
             route("/v1/models/{model:path}", api.model),
             route("/v1/completions", api.completions, "POST"),
             route("/v1/chat/completions", api.chat_completions, "POST"),
+            route("/v1/responses", responses.create, "POST"),
+            route("/v1/responses/{id}", responses.delete, "DELETE"),
             route("/tokenize", api.tokenize, "POST"),
             route("/detokenize", api.detokenize, "POST"),
             *states.routes(guard),

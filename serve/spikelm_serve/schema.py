@@ -163,6 +163,18 @@ def parse_chat(body: bytes, vocab_size: int) -> ChatRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ResponseRequest:
+    """POST /v1/responses."""
+
+    options: Options
+    messages: tuple[Message, ...]
+    instructions: str | None
+    previous_response_id: str | None
+    store: bool
+    metadata: Json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizeRequest:
     """POST /tokenize."""
 
@@ -178,6 +190,44 @@ class RewindRequest:
 
     to_message: int | None
     to_token: int | None
+
+
+def parse_response(body: bytes, vocab_size: int) -> ResponseRequest:
+    """Raises: RequestError naming the field."""
+    fields = parse_object(body)
+    instructions = fields.get("instructions")
+    if instructions is not None and not isinstance(instructions, str):
+        _refuse("instructions", instructions, "a string")
+    metadata = fields.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        _refuse("metadata", metadata, "an object")
+    given = fields.get("input")
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    if not isinstance(given, list) or not 1 <= len(given) <= MAX_MESSAGES:
+        _refuse("input", given, f"a string, or a list of 1 to {MAX_MESSAGES} messages")
+    messages = tuple(_message(item, f"input[{i}]") for i, item in enumerate(given))
+    if instructions:
+        messages = (Message(role="system", content=instructions), *messages)
+    # The names that chats have for the same.
+    about = fields.get("text")
+    if about is not None and not isinstance(about, dict):
+        _refuse("text", about, "an object")
+    form = (about or {}).get("format")
+    if isinstance(form, dict) and form.get("type") == "json_schema":
+        form = {"type": "json_schema", "json_schema": form}
+    named = {
+        "max_completion_tokens": fields.get("max_output_tokens"),
+        "response_format": form,
+    }
+    return ResponseRequest(
+        options=_options({**fields, **named}, CHAT_TOKENS, vocab_size, None),
+        messages=messages,
+        instructions=instructions,
+        previous_response_id=_text(fields, "previous_response_id", default="") or None,
+        store=fields.get("store") is None or _flag(fields, "store"),
+        metadata=metadata or {},
+    )
 
 
 def parse_tokenize(body: bytes) -> TokenizeRequest:
@@ -434,7 +484,8 @@ def _message(value: object, where: str) -> Message:
 
 
 def _part(part: object, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+    kinds = ("text", "input_text", "output_text")
+    if isinstance(part, dict) and part.get("type") in kinds and isinstance(part.get("text"), str):
         return str(part["text"])
     _refuse(where, part, '{"type": "text", "text": "..."}')
 

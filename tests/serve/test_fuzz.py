@@ -58,6 +58,13 @@ FIELDS = [
     "to_token",
     "parse_special",
     "content",
+    "input",
+    "instructions",
+    "previous_response_id",
+    "max_output_tokens",
+    "text",
+    "store",
+    "metadata",
 ]
 NUMBERS = st.one_of(
     st.integers(-3, 40),
@@ -84,6 +91,7 @@ GOOD: dict[str, dict[str, Any]] = {
         "messages": [{"role": "user", "content": "a"}],
         "max_completion_tokens": 2,
     },
+    "/v1/responses": {"input": "a", "max_output_tokens": 2},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [1]},
     "/v1/states/x/fork": {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
+
+from spikelm.generate import Engine
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
 
@@ -86,3 +89,72 @@ def test_errors(connect: Any, make_engine: Any) -> None:
         pytest.raises(openai.APIError, match="err-"),
     ):
         list(stream)
+
+
+def test_responses_go_on_from_each_other(
+    serve: Callable[..., httpx.Client], coded_engine: Engine
+) -> None:
+    url = f"{serve(coded_engine).base_url}/v1"
+    http_client = openai.DefaultHttpxClient(trust_env=False)
+    with openai.OpenAI(base_url=url, api_key="none", http_client=http_client) as client:
+        # No seed in this form: greedy is repeatable.
+        plain: Any = {"model": "tiny", "temperature": 0, "max_output_tokens": 20}
+        first = client.responses.create(input="Hello", instructions="Be brief.", **plain)
+        assert first.output_text == first.output[0].content[0].text  # type: ignore[union-attr]
+        assert first.status in ("completed", "incomplete")
+        second = client.responses.create(
+            input="And then?", previous_response_id=first.id, store=False, **plain
+        )
+        assert second.previous_response_id == first.id
+        assert second.usage is not None
+        state = (first.model_extra or {})["state"]
+        assert second.usage.input_tokens_details.cached_tokens == state["tokens"]
+        messages: Any = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": first.output_text},
+            {"role": "user", "content": "And then?"},
+        ]
+        whole = client.chat.completions.create(
+            model="tiny", messages=messages, temperature=0, max_tokens=20
+        )
+        assert whole.choices[0].message.content == second.output_text
+        asked = [{"role": "user", "content": [{"type": "input_text", "text": "And then?"}]}]
+        with client.responses.create(
+            input=asked,  # type: ignore[arg-type]
+            previous_response_id=first.id,
+            stream=True,
+            **plain,
+        ) as stream:
+            events = list(stream)
+        assert events[0].type == "response.created"
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        deltas = [e.delta for e in events if e.type == "response.output_text.delta"]
+        assert "".join(deltas) == second.output_text
+        last = events[-1]
+        assert last.type in ("response.completed", "response.incomplete")
+        assert last.response.output_text == second.output_text
+        assert last.response.id == events[0].response.id
+        with pytest.raises(openai.NotFoundError):
+            # It was not to be stored.
+            client.responses.create(input="x", previous_response_id=second.id, **plain)
+        client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.create(input="x", previous_response_id=first.id, **plain)
+        found = client.responses.create(
+            input="x",
+            model="tiny",
+            text={
+                "format": {
+                    "type": "json_schema",
+                    "name": "x",
+                    "schema": {
+                        "type": "object",
+                        "properties": {"a": {"enum": [1, 2]}},
+                        "required": ["a"],
+                        "additionalProperties": False,
+                    },
+                }
+            },
+        )
+        assert json.loads(found.output_text)["a"] in (1, 2)

@@ -178,8 +178,9 @@ function controlsAreValid() {
 // Streams the answer of a new turn. One that brought nothing is taken back, to `before`.
 async function answer(turn, before) {
   const controller = new AbortController();
-  running = { turn, controller, started: performance.now(), text: null, status: null };
+  running = { turn, controller, started: 0, text: null, status: null };
   current = turn;
+  closePanels();
   showAlert("");
   $("spoken").textContent = "";
   showAll();
@@ -191,13 +192,14 @@ async function answer(turn, before) {
   const twins = turn.parent.children.filter((other) => other.message === turn.message).length - 1;
   turn.seed = fields.seed === undefined ? given : given + twins;
   fields.seed = turn.seed;
+  running.started = performance.now();
   let failure = null;
   try {
     await stream(turn, fields, turn.parent.state);
   } catch (error) {
     failure = error;
   }
-  if (failure instanceof ServerError && failure.isAboutState && turn.parent.state) {
+  if (failure?.isAboutState && turn.parent.state && !turn.answer) {
     turn.note = `Sent the whole branch again: ${failure.message}.`;
     turn.parent.state = null;
     failure = await stream(turn, fields, null).catch((error) => error);
@@ -228,14 +230,10 @@ async function stream(turn, fields, from) {
       showMore(delta.content);
     }
     turn.finish = finish_reason ?? turn.finish;
-    if (event.timings) keep(turn, event);
+    if (event.timings) turn.result = event;
+    // Only behind a whole message can a conversation go on.
+    if (event.state?.role === "assistant") turn.state = event.state.id;
   }
-}
-
-function keep(turn, event) {
-  turn.result = event;
-  // Only behind a whole message can a conversation go on.
-  if (event.state?.role === "assistant") turn.state = event.state.id;
 }
 
 function finished(turn, before, failure) {
@@ -315,7 +313,8 @@ function showChat() {
   }
   const others = current.children.length;
   const branches = others === 1 ? "another branch" : `${others} other branches`;
-  $("hint").textContent = others ? `The next message starts a branch here, beside ${branches}.` : "";
+  const hint = `The next message starts a branch here, beside ${branches}.`;
+  $("hint").textContent = others ? hint : "";
   $("send").hidden = Boolean(running);
   $("stop").hidden = !running;
 }
@@ -344,8 +343,8 @@ function turnView(turn) {
 }
 
 function actions(turn) {
-  const button = (text, label, act, disabled = Boolean(running)) =>
-    element("button", { textContent: text, ariaLabel: label, title: label, onclick: act, disabled });
+  const button = (textContent, title, onclick, disabled = Boolean(running)) =>
+    element("button", { textContent, title, ariaLabel: title, onclick, disabled });
   const row = element("div", { className: "actions" });
   const { children } = turn.parent;
   const at = children.indexOf(turn);
