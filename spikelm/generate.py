@@ -70,6 +70,23 @@ class Engine:
         return logits[:, :vocabulary], state
 
     @torch.inference_mode()
+    def read_each(self, ids: Sequence[int], state: State | None = None) -> tuple[Tensor, State]:
+        """Reads T >= 1 tokens as `prefill` does: the logits after each of them [T, N], and the
+        state.
+        """
+        vocabulary, tokens = self.tokenizer.vocab_size, torch.tensor(ids, device=self.model.device)
+        if self.program is None:
+            reset_id = self.tokenizer.reset_id
+            logits, state = run(self.model, tokens[None], state, reset_id=reset_id, last_only=False)
+            return logits[0, :, :vocabulary], state
+        found = []
+        for token in tokens:
+            logits, state = self.prefill([int(token)], state)
+            found.append(logits)
+        assert state is not None
+        return torch.cat(found), state
+
+    @torch.inference_mode()
     def step(
         self, ids: Tensor, state: State, *, in_place: bool = False, within: float | None = None
     ) -> tuple[Tensor, State]:

@@ -1,4 +1,4 @@
-"""The web page: three files, and nothing from anywhere else."""
+"""The web page: four files, and nothing from anywhere else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ KINDS = {
     "index.html": "text/html",
     "style.css": "text/css",
     "app.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
 }
 HEADERS = {
     # Scripts and styles are files of this server; what the model says is never code.

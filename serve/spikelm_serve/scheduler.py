@@ -289,9 +289,12 @@ class Scheduler:
     def _read_piece(self, budget: int, job: Job) -> None:
         """The next tokens of a prompt, up to where a state is kept."""
         if job.position < len(job.ids):
-            stops = [*job.borders, *_grid(len(job.ids)), len(job.ids)]
+            stops = [len(job.ids)]
+            if not job.scores:
+                stops += [*job.borders, *_grid(len(job.ids))]
             end = min(s for s in stops if s > job.position)
-            end = min(end, job.position + budget)
+            # Scores of a model in floats depend on how a text is cut: as `spikelm eval` cuts it.
+            end = min(end, job.position + (PREFILL_TOKENS if job.scores else budget))
             part = job.ids[job.position : end]
             if job.scores:
                 self._score(job, part)
@@ -304,17 +307,13 @@ class Scheduler:
             job.sink.put(Progress(job.position, len(job.ids)))
 
     def _score(self, job: Job, part: Sequence[int]) -> None:
-        """Reads token by token, for the logits after each."""
-        state = job.state
-        for token in part:
-            if job.logits is not None:
-                job.scored.append(likelihood(job.logits[0], token, job.num_top or 0))
-            if state is None:
-                job.logits, state = self.engine.prefill([token])
-                state = state.clone()
-            else:
-                job.logits, (state,) = self.engine.step_each(torch.tensor([token]), [state])
-        job.state = state
+        """Reads them for the logits after each."""
+        logits, job.state = self.engine.read_each(part, job.state)
+        before = [] if job.logits is None else [job.logits.view(-1)]
+        rows = [*before, *logits]
+        for row, token in zip(rows, part[len(part) - len(rows) + 1 :], strict=False):
+            job.scored.append(likelihood(row, token, job.num_top or 0))
+        job.logits = logits[-1:]
 
     def _keep_prompt(self, job: Job) -> None:
         messages, role = job.borders.get(job.position, (None, None))

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spikelm.errors import RequestError
 from spikelm_serve.keys import Keys
+from spikelm_serve.page import KINDS
 from spikelm_serve.scheduler import PATIENCE_SECONDS, incident
 from spikelm_serve.wire import error_body
 
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
-OPEN_PATHS = frozenset(
-    {"/", "/health", "/ready", "/static/index.html", "/static/style.css", "/static/app.js"}
-)
+OPEN_PATHS = frozenset({"/", "/health", "/ready", *(f"/static/{name}" for name in KINDS)})
 """What needs no key."""
 RETRY_SECONDS = 1
 

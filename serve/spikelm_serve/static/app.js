@@ -249,7 +249,9 @@ function finished(turn, before, failure) {
     turn.note = wasStopped ? "Stopped." : `Cut off: ${failure.message}.`;
   }
   $("spoken").textContent = failure ? turn.note : turn.answer;
+  const follows = isAtEnd();
   showAll();
+  if (follows) scrollToEnd();
   pollSilence();
 }
 
@@ -384,17 +386,21 @@ function goBeside(turn, step) {
 }
 
 function showMore(text) {
-  const chat = $("chat");
-  const isAtEnd = chat.scrollHeight - chat.scrollTop - chat.clientHeight < 40;
+  const follows = isAtEnd();
   running.text.appendData(text);
   running.status.textContent = "";
   $("first").textContent = milliseconds(running.turn.firstTokenMs);
-  // Whoever scrolled up to read stays there.
-  if (isAtEnd) scrollToEnd();
+  if (follows) scrollToEnd();
 }
 
 function showProgress({ processed, total }) {
   if (!running.turn.answer) running.status.textContent = `Reading: ${processed} of ${total} tokens`;
+}
+
+// Whoever scrolled up to read stays there.
+function isAtEnd() {
+  const { scrollHeight, scrollTop, clientHeight } = $("chat");
+  return scrollHeight - scrollTop - clientHeight < 40;
 }
 
 function scrollToEnd() {
