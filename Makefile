@@ -18,7 +18,7 @@ ORACLES += "triton==3.9.0; sys_platform == 'linux'"
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types imports unit sanitize neon test-gpu docs build clean
+.PHONY: help install demo test lint format types imports unit sanitize neon test-gpu soak docs build clean
 
 help:
 	@awk -F ': .*## ' '/^[a-z-]+: .*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,10 @@ neon: ## the native code compiled for 64-bit ARM, its matrices and threads run i
 
 test-gpu: ## the tests that need a CUDA device (BIN=/usr/bin uses a Python outside .venv)
 	@$(BIN)/python -m pytest -q -m gpu
+
+soak: install ## the server's long tests: thousands of requests and of fuzzed ones (docs/reliability.md)
+	@SPIKELM_FUZZ_CASES=2000 SPIKELM_SOAK_REQUESTS=10000 SPIKELM_KILLS=100 $(BIN)/python -m pytest -q tests/serve \
+	  -k "fuzz or soak or killed_while_saving" --log-cli-level=INFO
 
 docs: install ## write docs/cli.md from the commands' --help, and the table of docs/models.md
 	@COLUMNS=100 $(BIN)/python -c "import pathlib, spikelm.cli as c; pathlib.Path('docs/cli.md').write_text(c.reference())"

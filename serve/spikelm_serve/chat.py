@@ -1,4 +1,4 @@
-"""`spikelm chat MODEL`: a conversation in the terminal."""
+"""`spikelm chat MODEL`: a conversation in the terminal, with a model here or on a server."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from spikelm_serve.arguments import (
     add_sampling,
     load_engine,
     sampling_params,
-    stats,
     use_utf8,
 )
 
 if TYPE_CHECKING:
     from spikelm_serve.conversation import Conversation
+    from spikelm_serve.remote import RemoteConversation
 
 HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help shows this"
 
@@ -28,7 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Talk to a model; lines piped to stdin are answered one by one.",
         epilog=HELP,
     )
-    parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="model folder, float or spike-coded, or the URL of a server (its key, if it wants "
+        "one, is in the environment: SPIKELM_API_KEY)",
+    )
     add_sampling(parser)
     add_running(parser)
     return parser
@@ -41,6 +46,12 @@ def main(argv: list[str]) -> int:
 
     params = sampling_params(args)
     use_utf8()
+    if args.model.startswith(("http://", "https://")):
+        from spikelm_serve.remote import RemoteConversation
+
+        remote = RemoteConversation(args.model, params, args.stop)
+        print(f"{remote.name}: {HELP}")
+        return talk(remote)
     engine, _ = load_engine(args)
     checkpoint = engine.checkpoint
     template = ChatTemplate.load(checkpoint.path, checkpoint.tokenizer)
@@ -48,7 +59,7 @@ def main(argv: list[str]) -> int:
     return talk(Conversation(engine, template, params, args.stop))
 
 
-def talk(conversation: Conversation) -> int:
+def talk(conversation: Conversation | RemoteConversation) -> int:
     """Answers the lines of stdin until it ends."""
     prompt = ""
     if sys.stdin.isatty():
@@ -75,11 +86,11 @@ def talk(conversation: Conversation) -> int:
             _answer(conversation, line)
 
 
-def _answer(conversation: Conversation, line: str) -> None:
+def _answer(conversation: Conversation | RemoteConversation, line: str) -> None:
     try:
         with contextlib.closing(conversation.ask(line)) as pieces:
             for piece in pieces:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
-    print(f"\n{stats(conversation.meter, conversation.engine)}", flush=True)
+    print(f"\n{conversation.summary()}", flush=True)

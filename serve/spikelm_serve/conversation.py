@@ -14,6 +14,7 @@ from spikelm.sampling import SamplingParams
 from spikelm.state import State
 from spikelm.template import ChatTemplate
 from spikelm_serve.answer import Meter, trimmed
+from spikelm_serve.arguments import stats
 
 # An answer's end is trimmed: the state to go on from is a few tokens before the last one.
 KEPT_STATES = 16
@@ -54,6 +55,10 @@ class Conversation:
                 yield chunk.text
         finally:
             self.messages.append({"role": "assistant", "content": said})
+
+    def summary(self) -> str:
+        """One line: speed, silence and memory of the latest answer."""
+        return stats(self.meter, self.engine)
 
     def reset(self) -> None:
         """Forgets everything."""

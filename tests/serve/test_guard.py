@@ -200,3 +200,23 @@ def test_a_server_that_was_killed_goes_on(started: Any, tmp_path: Path) -> None:
     second = httpx.post(url + CHAT, json=body, trust_env=False).json()
     details = second["usage"]["prompt_tokens_details"]
     assert details["cached_tokens"] == first["state"]["tokens"]
+
+
+def test_logs_have_no_prompts_and_no_keys(
+    keyed: tuple[httpx.Client, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    client, key = keyed
+    secret = "hidden\n\x1b[31mwords"
+    headers = {"Authorization": f"Bearer {key}"}
+    with caplog.at_level("DEBUG", logger="spikelm_serve"):
+        for body in (
+            {"prompt": secret},
+            {"prompt": secret, "temperature": secret},
+            {"messages": [{"role": secret, "content": secret}]},
+        ):
+            for path in (COMPLETIONS, CHAT):
+                client.post(path, json=body, headers=headers)
+        client.get(f"/{secret.encode().hex()}", headers=headers)
+    told = "".join(r.getMessage() for r in caplog.records if r.name.startswith("spikelm"))
+    assert "hidden" not in told
+    assert key not in told

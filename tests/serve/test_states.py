@@ -25,6 +25,8 @@ from spikelm_serve import states
 from spikelm_serve.states import CACHE, SAVED, Kept, StateStore, describe
 
 Make = Callable[..., StateStore]
+KILLS = int(os.environ.get("SPIKELM_KILLS", "6"))
+"""100 in `make soak`."""
 
 
 @pytest.fixture(autouse=True)
@@ -328,18 +330,15 @@ for i in itertools.count():
 """
 
 
-@pytest.mark.parametrize("times", [6])
-def test_killed_while_saving_nothing_that_was_acknowledged_is_lost(
-    tmp_path: Path, times: int
-) -> None:
+def test_killed_while_saving_nothing_that_was_acknowledged_is_lost(tmp_path: Path) -> None:
     like = State(({"S": torch.zeros(1, 64, 64, 16)},), torch.tensor([1]))
-    for attempt in range(times):
+    for attempt in range(KILLS):
         folder = tmp_path / str(attempt)
         command = [sys.executable, "-c", SAVING, str(folder)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-            time.sleep(0.02 + 0.013 * attempt)
+            time.sleep(0.02 + 0.013 * (attempt % 20))
             process.send_signal(signal.SIGKILL)
             told = [int(line) for line in process.stdout.read().split()]
         store = StateStore("model", like, folder=folder)
