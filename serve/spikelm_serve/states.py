@@ -39,7 +39,7 @@ Reason = Literal["no_prefix", "evicted", "disabled"]
 
 MEMORY_BYTES = 1 << 30
 DISK_BYTES = 10 << 30
-REMEMBERED = 100_000
+REMEMBERED = 20_000
 """Ids of evicted states that are remembered as such."""
 MAX_WRITING = 64
 """States that wait to be written, at most: a cache may do without one."""

@@ -71,7 +71,8 @@ async def many(port: int, number: int) -> int:
 
 
 def test_nothing_is_left_behind(started: Any, tmp_path: Path) -> None:
-    process, url = started("--state-memory", "20M", "--state-dir", str(tmp_path / "states"))
+    room = ("--state-memory", "20M", "--state-disk", "20M")
+    process, url = started(*room, "--state-dir", str(tmp_path / "states"))
     port = int(url.rpartition(":")[2])
 
     def resident() -> int:
