@@ -39,6 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
         "/health, /ready and / then needs one of these keys",
     )
     parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="on loopback: a name that requests may be for, such as the one that a proxy in front "
+        "has; may be repeated",
+    )
+    parser.add_argument(
         "--no-keys",
         action="store_true",
         help="let anybody in who reaches an address that is not this machine's own",
@@ -113,6 +121,8 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     keys = None if args.api_keys is None else Keys.read(args.api_keys)
     hosts = allowed_hosts(args.host)
+    if hosts is not None:
+        hosts |= set(args.allow_host)
     if hosts is None and keys is None and not args.no_keys:
         raise ConfigError(
             f"--host {args.host} can be reached from other machines: give --api-keys FILE (spikelm "

@@ -258,9 +258,9 @@ class StateStore:
                     raise _no_room("memory")
                 self._put(kept)
             return kept
+        self._write(kept)
         with self._lock:
             self._put(kept)
-        self._write(kept)
         return kept
 
     def get(self, state_id: str, owner: str) -> Kept:

@@ -118,6 +118,13 @@ def test_other_origins_are_refused(serve: Serve, make_engine: Any) -> None:
     assert client.post(CHAT, json=ASK, headers={"Origin": own}).status_code == 200
 
 
+def test_a_proxy_may_have_a_name(started: Any) -> None:
+    _, url = started("--allow-host", "chat.example.org")
+    for name, status in (("chat.example.org", 200), ("127.0.0.1", 200), ("evil.example", 403)):
+        response = httpx.get(f"{url}/v1/models", headers={"Host": name}, trust_env=False)
+        assert response.status_code == status
+
+
 def counters(client: httpx.Client) -> dict[str, float]:
     text = client.get("/metrics").text
     found = re.findall(r"^(spikelm_\S+) (\S+)$", text, re.MULTILINE)

@@ -307,6 +307,7 @@ def test_a_disk_that_is_full(make: Make, monkeypatch: pytest.MonkeyPatch) -> Non
         store.save(one.id, "")
     assert failed.value.status == 507
     assert find(store, [1]) == (1, None)
+    assert not store.get(one.id, "").saved
     folder = store.folder
     assert folder is not None
     assert list((folder / SAVED).iterdir()) == []
