@@ -17,7 +17,6 @@ from spikelm.tokenizer import Tokenizer
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 32
-MAX_CHOICES = 1024
 
 
 class Forms:
@@ -51,8 +50,11 @@ class Forms:
                 f"{MAX_SCHEMA_DEPTH}",
                 param="response_format",
             )
+        # A small model that may write white space anywhere writes nothing else.
+        compact = {"whitespace_flexible": False}
         return self._form(
-            lambda: self._library.LLMatcher.grammar_from_json_schema(text), "response_format"
+            lambda: self._library.LLMatcher.grammar_from_json_schema(text, overrides=compact),
+            "response_format",
         )
 
     def regex(self, pattern: str) -> Callable[[], Form]:

@@ -127,7 +127,9 @@ def test_answers_of_a_given_form(client: httpx.Client) -> None:
         fields = {**ASK, **long, "seed": seed, "response_format": wanted}
         choice = client.post(CHAT, json=fields).json()["choices"][0]
         assert choice["finish_reason"] == "stop"
-        found = json.loads(choice["message"]["content"])
+        text = choice["message"]["content"]
+        found = json.loads(text)
+        assert json.dumps(found, separators=(",", ":"), ensure_ascii=False) == text
         assert found.keys() == {"name", "age"}
         assert 0 <= found["age"] <= 150
     pattern = r"[a-c]{3}-[0-9]{2,4}"
