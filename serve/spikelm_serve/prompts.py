@@ -76,8 +76,8 @@ class Prompts:
         count = start.messages or 0 if start else 0
         borders: dict[int, tuple[int | None, str | None]] = {}
         for number in range(len(messages), max(0, len(messages) - BORDERS), -1):
-            part = self._template.render([*before, *messages[:number]], add_generation_prompt=False)
-            behind = self._encode(whole[len(part) :]) if whole.startswith(part) else None
+            part = self._before_prompt([*before, *messages[:number]])
+            behind = self._encode(whole[len(part) :]) if part and whole.startswith(part) else None
             if behind is None or list(ids[len(ids) - len(behind) :]) != behind:
                 break
             at = len(ids) - len(behind)
@@ -85,7 +85,7 @@ class Prompts:
 
         def ending(said: str) -> tuple[Sequence[int], Sequence[str], int]:
             answer = {"role": "assistant", "content": said}
-            after = self._template.render([*before, *messages, answer], add_generation_prompt=False)
+            after = self._before_prompt([*before, *messages, answer])
             if not after.startswith(whole):
                 return (), (), 0
             more = self._encode(after[len(whole) :])
@@ -94,6 +94,15 @@ class Prompts:
             return [*ids, *more], [*chain, *added], count + len(messages) + 1
 
         return Prompt(ids, chain, borders, ending)
+
+    def _before_prompt(self, messages: Messages) -> str:
+        """The conversation as it is kept, "" if the template refuses it: some want a user's turn at
+        the end of what they write, and the answer must not fail for it.
+        """
+        try:
+            return self._template.render(messages, add_generation_prompt=False)
+        except RequestError:
+            return ""
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, special=True, continues=True) if text else []

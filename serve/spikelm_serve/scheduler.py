@@ -177,13 +177,13 @@ class Scheduler:
                     break
             try:
                 self._round()
-                self.deliver()
             except Exception as error:  # noqa: BLE001
                 # Nothing may end this thread; what it was doing is unknown, so all of it ends.
                 failure = incident(error)
                 for job in self._jobs():
                     self._fail(job, failure)
                 self._forget()
+            self.deliver()
         for job in self._jobs():
             self._fail(job, _shutting_down())
         self._forget()
@@ -239,13 +239,17 @@ class Scheduler:
                     "deadline",
                 )
             elif late:
-                for sequence in [s for s in self._running if s.job is job]:
-                    self._emit_text(sequence, sequence.trimmer.push(""), "length")
-                    self._end_choice(sequence, "length")
+                self._guarded(job, self._end_early)
         self._waiting = [job for job in self._waiting if not job.ended]
         self._reading = deque(job for job in self._reading if not job.ended)
         self._settling = deque(s for s in self._settling if not s.job.ended)
         self._running = [s for s in self._running if not s.job.ended]
+
+    def _end_early(self, job: Job) -> None:
+        """The answer as far as it has come."""
+        for choice in [choice for choice in self._running if choice.job is job]:
+            self._emit_text(choice, "", "length")
+            self._end_choice(choice, "length")
 
     def _admit(self) -> None:
         """The next jobs that wait, as far as slots are free: by priority, then those whose owner

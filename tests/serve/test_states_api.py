@@ -238,6 +238,20 @@ def test_a_template_that_rewrites_the_past_is_told(serve: Serve, coded_engine: E
     assert cached(say(client, talk)) == 0
 
 
+def test_a_template_that_wants_the_user_last_answers(serve: Serve, coded_engine: Engine) -> None:
+    from spikelm.template import ChatTemplate
+
+    source = (
+        "{% if messages[-1].role != 'user' %}{{ raise_exception('user comes last') }}{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    )
+    client = serve(coded_engine, template=ChatTemplate(source), store=StateStore("model"))
+    first = say(client, [user("Hello")])
+    assert first["state"] is None
+    talk = [user("Hello"), answer(first), user("More")]
+    assert say(client, talk)["choices"]
+
+
 def test_streamed_answers_end_with_their_state(client: httpx.Client) -> None:
     ask = {"messages": [user("Hello")], "max_tokens": 6, "seed": 1}
     whole = client.post(CHAT, json=ask).json()
