@@ -287,7 +287,7 @@ def test_draining_lets_requests_end(make_engine: Any, start: Start) -> None:
 
 def test_deadlines(make_engine: Any, start: Start) -> None:
     scheduler = start(make_engine(delay=0.02), slots=1)
-    params = SamplingParams(max_tokens=1000)
+    params = SamplingParams(max_tokens=1000, logit_bias={256: -100})
     events = ask(scheduler, [1], params=params, deadline=time.monotonic() + 0.3)
     waits = ask(scheduler, [2], deadline=time.monotonic() + 0.05)
     with pytest.raises(RequestError, match="deadline passed") as late:
@@ -299,7 +299,9 @@ def test_deadlines(make_engine: Any, start: Start) -> None:
 
 def test_a_cancelled_request_is_gone_in_a_step(make_engine: Any, start: Start) -> None:
     scheduler = start(make_engine(delay=0.01))
-    work, events = job(scheduler, [1], params=SamplingParams(max_tokens=100_000))
+    work, events = job(
+        scheduler, [1], params=SamplingParams(max_tokens=100_000, logit_bias={256: -100})
+    )
     scheduler.submit([work])
     while not events.events:
         time.sleep(0.001)
@@ -315,7 +317,7 @@ def test_a_reader_that_stops_holds_up_nobody(
 ) -> None:
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.3)
     scheduler = start(make_engine(delay=0.001))
-    slow = ask(scheduler, [1], params=SamplingParams(max_tokens=100_000))
+    slow = ask(scheduler, [1], params=SamplingParams(max_tokens=100_000, logit_bias={256: -100}))
     while not slow.events:
         time.sleep(0.001)
     slow.full = True

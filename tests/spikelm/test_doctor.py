@@ -111,7 +111,7 @@ def test_package_version_of_nothing() -> None:
 def test_the_extras_named_bring_their_packages() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {
-        extra: {re.split(r"[\[<>=~]", item)[0] for item in items}
+        extra: {re.split(r"[\[<>=~]", item)[0].replace("-", "_") for item in items}
         for extra, items in {
             **project["optional-dependencies"],
             "": project["dependencies"],
