@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from spikelm.generate import Chunk, Generation
+from spikelm.generate import Chunk, Engine, Generation
 
 
 @dataclass(slots=True)
@@ -66,3 +66,15 @@ def trimmed(chunks: Iterable[Chunk]) -> Iterator[Chunk]:
     trimmer = Trimmer()
     for chunk in chunks:
         yield dataclasses.replace(chunk, text=trimmer.push(chunk.text))
+
+
+def stats(meter: Meter, engine: Engine) -> str:
+    """One line: speed, silence and memory."""
+    silent = engine.silent_fraction
+    parts = [
+        f"{meter.completion_tokens} tokens",
+        f"{meter.tokens_per_second:.1f} tokens/s",
+        *([] if silent is None else [f"{silent:.1%} silent"]),
+        f"{meter.state_bytes:,} bytes of state",
+    ]
+    return f"[{', '.join(parts)}]"

@@ -97,7 +97,7 @@ class Api:
         def work() -> Json:
             fields = schema.parse_tokenize(body)
             if fields.messages:
-                ids = list(self.prompts.chat(fields.messages, None, self._root("", "")).ids)
+                ids = list(self.prompts.chat(fields.messages, None, self.store.root("")).ids)
             else:
                 ids = self.tokenizer.encode(fields.text, special=fields.special)
             return {"tokens": ids, "count": len(ids)}
@@ -268,10 +268,7 @@ class Api:
         """
         wanted = options.state.start
         start = self.store.get(wanted, owner) if wanted is not None else None
-        return start, self._root(owner, options.cache_salt)
-
-    def _root(self, owner: str, salt: str) -> str:
-        return self.store.root(owner, salt)
+        return start, self.store.root(owner, options.cache_salt)
 
     def job(
         self,

@@ -14,7 +14,6 @@ from spikelm.eval.cli import add_spike_budget, spike_budgets
 if TYPE_CHECKING:
     from spikelm.generate import Engine
     from spikelm.sampling import SamplingParams
-    from spikelm_serve.answer import Meter
 
 _log = logging.getLogger(__name__)
 
@@ -92,15 +91,3 @@ def use_utf8() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")
-
-
-def stats(meter: Meter, engine: Engine) -> str:
-    """One line: speed, silence and memory."""
-    silent = engine.silent_fraction
-    parts = [
-        f"{meter.completion_tokens} tokens",
-        f"{meter.tokens_per_second:.1f} tokens/s",
-        *([] if silent is None else [f"{silent:.1%} silent"]),
-        f"{meter.state_bytes:,} bytes of state",
-    ]
-    return f"[{', '.join(parts)}]"

@@ -93,12 +93,7 @@ async def ask(port: int, path: str, body: dict[str, Any], timeout: float = 600) 
     began, heard, at = time.perf_counter(), Heard(), None
     async with asyncio.timeout(timeout):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        data = json.dumps({**body, "stream": True}).encode()
-        writer.write(
-            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-            + data
-        )
+        writer.write(_post(path, {**body, "stream": True}))
         tail = b""
         while piece := await reader.read(1 << 16):
             now = time.perf_counter()
@@ -164,25 +159,27 @@ async def _burst(port: int, number: int, total: int, tokens: int, turn: int) -> 
 
 
 async def _stop_ids(port: int) -> list[int]:
-    found = await _call(
-        port, "POST", "/tokenize", {"prompt": "<|endoftext|>", "parse_special": True}
-    )
+    found = await _call(port, "/tokenize", {"prompt": "<|endoftext|>", "parse_special": True})
     ids: list[int] = found["tokens"]
     return ids if len(ids) == 1 else []
 
 
-async def _call(port: int, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+async def _call(port: int, path: str, body: dict[str, Any]) -> dict[str, Any]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    data = b"" if body is None else json.dumps(body).encode()
-    writer.write(
-        f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n".encode()
-        + data
-    )
+    writer.write(_post(path, body))
     answer = await reader.read()
     writer.close()
     found: dict[str, Any] = json.loads(answer.partition(b"\r\n\r\n")[2])
     return found
+
+
+def _post(path: str, body: dict[str, Any]) -> bytes:
+    data = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
 
 
 def turns(model: str, number: int) -> dict[str, Any]:
@@ -200,7 +197,7 @@ def turns(model: str, number: int) -> dict[str, Any]:
                 state = heard.last["state"]["id"]
                 sizes.append(heard.last["state_bytes"])
                 times.append(heard.first)
-            asyncio.run(_call(port, "POST", f"/v1/states/{state}/save", {}))
+            asyncio.run(_call(port, f"/v1/states/{state}/save", {}))
         again: list[float] = []
         with serving(model, *options) as port:
             for turn in range(number, number + 10):
@@ -241,7 +238,7 @@ def forks(port: int, number: int = 64) -> dict[str, Any]:
     state, took, first = heard.last["state"]["id"], [], []
     for turn in range(number):
         began = time.perf_counter()
-        fork = asyncio.run(_call(port, "POST", f"/v1/states/{state}/fork", {}))
+        fork = asyncio.run(_call(port, f"/v1/states/{state}/fork", {}))
         took.append(time.perf_counter() - began)
         heard = asyncio.run(ask(port, "/v1/chat/completions", _message(turn, fork["id"])))
         first.append(heard.first)

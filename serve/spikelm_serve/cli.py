@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import json
+import re
 import signal
 import socket
 import threading
@@ -70,14 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--state-memory",
         type=_size,
-        default="1G",
+        default="1GiB",
         metavar="BYTES",
-        help="memory for states, with K, M or G (%(default)s)",
+        help="memory for states, such as 500MiB (%(default)s)",
     )
     parser.add_argument(
         "--state-disk",
         type=_size,
-        default="10G",
+        default="10GiB",
         metavar="BYTES",
         help="room for states in --state-dir (%(default)s)",
     )
@@ -110,11 +111,11 @@ def _count(text: str) -> int:
 
 
 def _size(text: str) -> int:
-    digits, unit = text.rstrip("KMG"), text[len(text.rstrip("KMG")) :]
-    value = int(digits) * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[unit]
-    if value < 1:
+    """Bytes, in the notation of --spike-budget."""
+    match = re.fullmatch(r"(\d+) *([KMG]iB|B|)", text.strip())
+    if match is None or not int(match[1]):
         raise ValueError
-    return value
+    return int(match[1]) << {"KiB": 10, "MiB": 20, "GiB": 30}.get(match[2], 0)
 
 
 def main(argv: list[str]) -> int:
@@ -143,6 +144,7 @@ def main(argv: list[str]) -> int:
     store = StateStore(
         checkpoint.fingerprint,
         checkpoint.model.initial_state(1),
+        checkpoint.tokenizer.vocab_size,
         memory_bytes=args.state_memory,
         folder=args.state_dir,
         disk_bytes=args.state_disk,

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from torch import Tensor
 
-from spikelm.errors import MissingExtraError, RequestError
+from spikelm.errors import RequestError
 from spikelm.tokenizer import Tokenizer
 
 MAX_SCHEMA_BYTES = 64 * 1024
@@ -20,24 +21,14 @@ MAX_SCHEMA_DEPTH = 32
 
 
 class Forms:
-    """The constraints of one tokenizer's answers.
-
-    Raises: MissingExtraError without llguidance.
-    """
+    """The constraints of one tokenizer's answers."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        try:
-            import llguidance
-        except ImportError:
-            raise MissingExtraError("llguidance", "serve") from None
-        self._library = llguidance
         self._stop_ids = sorted(tokenizer.stop_ids)
         words = _Words(tokenizer)
-        wrapped = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(words), eos_token=self._stop_ids
-        )
+        wrapped = LLTokenizer(TokenizerWrapper(words), eos_token=self._stop_ids)
         self._tokenizer, self._num_tokens = wrapped, tokenizer.vocab_size
-        self._limits = llguidance.LLParserLimits(
+        self._limits = LLParserLimits(
             initial_lexer_fuel=1_000_000, step_lexer_fuel=200_000, max_grammar_size=100_000
         )
 
@@ -51,30 +42,25 @@ class Forms:
                 param="response_format",
             )
         # A small model that may write white space anywhere writes nothing else.
-        compact = {"whitespace_flexible": False}
         return self._form(
-            lambda: self._library.LLMatcher.grammar_from_json_schema(text, overrides=compact),
+            lambda: LLMatcher.grammar_from_json_schema(
+                text, overrides={"whitespace_flexible": False}
+            ),
             "response_format",
         )
 
     def regex(self, pattern: str) -> Callable[[], Form]:
         """Texts that match as a whole. Raises: RequestError for a pattern that is not served."""
-        return self._form(
-            lambda: self._library.LLMatcher.grammar_from_regex(pattern), "structured_outputs.regex"
-        )
+        return self._form(lambda: LLMatcher.grammar_from_regex(pattern), "structured_outputs.regex")
 
     def choice(self, texts: Sequence[str]) -> Callable[[], Form]:
         """One of `texts`. Raises: RequestError for too many."""
         lark = "start: " + " | ".join(json.dumps(text) for text in texts)
-        return self._form(
-            lambda: self._library.LLMatcher.grammar_from_lark(lark), "structured_outputs.choice"
-        )
+        return self._form(lambda: LLMatcher.grammar_from_lark(lark), "structured_outputs.choice")
 
     def _form(self, grammar: Callable[[], str], param: str) -> Callable[[], Form]:
         try:
-            first = self._library.LLMatcher(
-                self._tokenizer, grammar(), log_level=0, limits=self._limits
-            )
+            first = LLMatcher(self._tokenizer, grammar(), log_level=0, limits=self._limits)
             problem = first.get_error() if first.is_error() else ""
         except ValueError as error:
             problem = str(error)

@@ -13,8 +13,7 @@ from spikelm.generate import Chunk, Engine, Generation, prompt_ids
 from spikelm.sampling import SamplingParams
 from spikelm.state import State
 from spikelm.template import ChatTemplate
-from spikelm_serve.answer import Meter, trimmed
-from spikelm_serve.arguments import stats
+from spikelm_serve.answer import Meter, stats, trimmed
 
 # An answer's end is trimmed: the state to go on from is a few tokens before the last one.
 KEPT_STATES = 16

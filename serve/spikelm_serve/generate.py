@@ -11,7 +11,6 @@ from spikelm_serve.arguments import (
     add_sampling,
     load_engine,
     sampling_params,
-    stats,
     use_utf8,
 )
 
@@ -32,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     from spikelm.generate import Generation, prompt_ids
-    from spikelm_serve.answer import Meter
+    from spikelm_serve.answer import Meter, stats
 
     params = sampling_params(args)
     use_utf8()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -13,6 +12,7 @@ from torch import Tensor
 from spikelm.errors import RequestError
 from spikelm.sampling import Likelihood, SamplingParams
 from spikelm.state import State
+from spikelm_serve.answer import Meter
 from spikelm_serve.states import Kept, Reason
 
 
@@ -94,25 +94,14 @@ class Sink(Protocol):
 
 
 @dataclass(slots=True)
-class Totals:
-    """Tokens, times and memory of a request."""
+class Totals(Meter):
+    """Tokens, times and memory of a request, all of its choices."""
 
-    prompt_tokens: int = 0
     cached_tokens: int = 0
+    """Of the prompt's tokens, those that had been read before."""
     miss: Reason | None = None
-    """Why nothing of the prompt was cached."""
-    completion_tokens: int = 0
+    """Why there are none."""
     queue_seconds: float = 0.0
-    prompt_seconds: float = 0.0
-    """From the first piece of the prompt to the first token."""
-    decode_tokens: int = 0
-    """Tokens after the first one of each choice."""
-    decode_seconds: float = 0.0
-    state_bytes: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -153,7 +142,6 @@ class Job:
     """time.monotonic() at which it ends, whatever it has."""
     progress: bool = False
     # What the scheduler knows of it.
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     totals: Totals = field(default_factory=Totals)
     submitted: float = field(default_factory=time.monotonic)
     number: int = 0

@@ -23,7 +23,11 @@ class Metrics:
         def gauge(name: str, about: str, value: object) -> None:
             Gauge(f"spikelm_{name}", about, registry=registry).set_function(value)  # type: ignore[arg-type]
 
-        gauge("num_requests_running", "Requests being served.", lambda: scheduler.num_running)
+        gauge(
+            "num_requests_running",
+            "Prompts and sequences.",
+            lambda: scheduler.num_running,
+        )
         gauge("num_requests_waiting", "Requests that wait.", lambda: scheduler.num_waiting)
         gauge("state_pool_used_bytes", "Bytes of states in memory.", lambda: store.used)
         gauge("state_checkpoints", "States in memory.", lambda: store.num_kept)

@@ -249,7 +249,7 @@ class Scheduler:
         """The answer as far as it has come."""
         for choice in [choice for choice in self._running if choice.job is job]:
             self._emit_text(choice, "", "length")
-            self._end_choice(choice, "length")
+            self._end_choice(choice)
 
     def _admit(self) -> None:
         """The next jobs that wait, as far as slots are free: by priority, then those whose owner
@@ -297,7 +297,7 @@ class Scheduler:
             if not job.scores:
                 stops += [*job.borders, *_grid(len(job.ids))]
             end = min(s for s in stops if s > job.position)
-            # Scores of a model in floats depend on how a text is cut: as `spikelm eval` cuts it.
+            # Scores of a model in floats depend on how a text is cut: as `generate.run` cuts it.
             end = min(end, job.position + (PREFILL_TOKENS if job.scores else budget))
             part = job.ids[job.position : end]
             if job.scores:
@@ -329,9 +329,7 @@ class Scheduler:
             )
 
     def _keep(self, job: Job, *what: Any) -> Kept:
-        kept = self._made(job, *what)
-        self.store.keep(kept)
-        return kept
+        return self.store.keep(self._made(job, *what))
 
     def _made(
         self,
@@ -389,13 +387,13 @@ class Scheduler:
                 job.constraint() if job.constraint else None,
             )
             self._running.append(sequence)
-            self._choose(sequence, logits[0])
+            self._choose(sequence, logits[0], job)
         job.state = job.logits = None
 
     def _end_reading(self, job: Job, state: State, logits: Tensor) -> None:
         kept = self._made(job, job.ids, job.chain, len(job.ids), state, logits, None, None)
         if job.reuses:
-            self.store.keep(kept)
+            kept = self.store.keep(kept)
         job.running, job.finished = 1, [kept]
         self._settled(job)
 
@@ -436,14 +434,10 @@ class Scheduler:
         for row, (sequence, state) in enumerate(zip(group, states, strict=True)):
             sequence.state = state
             sequence.job.totals.decode_tokens += 1
-            self._guarded(sequence.job, partial(self._chosen, sequence, logits[row]))
+            self._guarded(sequence.job, partial(self._choose, sequence, logits[row]))
 
-    def _chosen(self, sequence: Choice, logits: Tensor, job: Job) -> None:
-        self._choose(sequence, logits)
-
-    def _choose(self, sequence: Choice, logits: Tensor) -> None:
+    def _choose(self, sequence: Choice, logits: Tensor, job: Job) -> None:
         """The next token of a sequence, and its text."""
-        job = sequence.job
         if job.ended or sequence not in self._running:
             return
         allowed = sequence.constraint.allowed() if sequence.constraint else None
@@ -459,7 +453,7 @@ class Scheduler:
         text, reason = sequence.text.push(token, last=last)
         self._emit_text(sequence, sequence.trimmer.push(text), reason)
         if reason is not None:
-            self._end_choice(sequence, reason)
+            self._end_choice(sequence)
 
     def _emit_text(self, sequence: Choice, text: str, reason: str | None) -> None:
         sequence.said += text
@@ -475,7 +469,7 @@ class Scheduler:
             )
             sequence.unseen, sequence.likelihoods = [], []
 
-    def _end_choice(self, sequence: Choice, reason: str) -> None:
+    def _end_choice(self, sequence: Choice) -> None:
         job = sequence.job
         self._running.remove(sequence)
         job.totals.state_bytes = sequence.state.nbytes
@@ -492,9 +486,11 @@ class Scheduler:
         ids: Sequence[int]
         if job.ending is None:
             # A text goes on behind its last token.
-            ids = [*job.ids, *(t for t in sequence.tokens if t not in self._stop_ids)]
-            start = job.chain[-1] if job.chain else self._start_id(job)
-            more = self.store.chain(start, ids[len(job.ids) :])
+            stops = self.engine.tokenizer.stop_ids
+            ids = [*job.ids, *(token for token in sequence.tokens if token not in stops)]
+            # A prompt without tokens goes on from a state.
+            last = job.chain[-1] if job.start is None or job.chain else job.start.id
+            more = self.store.chain(last, ids[len(job.ids) :])
             chain: Sequence[str] = [*job.chain, *more]
             messages = None
         else:
@@ -511,13 +507,6 @@ class Scheduler:
         kept = found.kept or job.start
         state, logits = (kept.state, kept.logits[None]) if kept else (None, None)
         return Settling(job, sequence.index, ids, chain, messages or 0, found.tokens, state, logits)
-
-    @property
-    def _stop_ids(self) -> frozenset[int]:
-        return self.engine.tokenizer.stop_ids
-
-    def _start_id(self, job: Job) -> str:
-        return job.start.id if job.start else self.store.root(job.owner)
 
     def _settle(self, settling: Settling, budget: int) -> int:
         """As `_read`, of what is missing behind an answer."""

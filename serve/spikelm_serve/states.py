@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 import time
 import uuid
@@ -90,27 +91,29 @@ class Kept:
         return self.state.pack(fingerprint, about, more)
 
     @staticmethod
-    def read(path: Path, fingerprint: str, like: State | None) -> Kept:
+    def read(
+        path: Path, fingerprint: str, like: State | None, vocab_size: int | None = None
+    ) -> Kept:
         """Raises: CheckpointError for a file that is missing, damaged or of another model."""
+        where = path.name
         with opened(path) as file:
-            return Kept._of(file, fingerprint, like, path.name)
-
-    @staticmethod
-    def _of(file: Any, fingerprint: str, like: State | None, where: str) -> Kept:
-        state = State.of(file, fingerprint, like, where)
-        about = _about(file, where)
-        extra = {name for name in file.keys() if not name.startswith("layers.")}  # noqa: SIM118
-        try:
-            logits, delta = file.get_tensor("logits"), file.get_tensor("delta")
-        except SafetensorError as error:
-            raise CheckpointError(f"{where} is damaged: {error}") from None
+            state = State.of(file, fingerprint, like, where)
+            about = _about(file, where)
+            extra = {name for name in file.keys() if not name.startswith("layers.")}  # noqa: SIM118
+            try:
+                logits, delta = file.get_tensor("logits"), file.get_tensor("delta")
+            except SafetensorError as error:
+                raise CheckpointError(f"{where} is damaged: {error}") from None
+        size = logits.numel() if vocab_size is None else vocab_size
         fits = (
             extra == {"logits", "delta", "position"}
             and logits.dtype == torch.float32
-            and logits.ndim == 1
+            and logits.shape == (size,)
             and bool(torch.isfinite(logits).all())
             and delta.dtype == torch.int32
             and delta.ndim == 1
+            and len(delta) <= about["tokens"]
+            and bool(((delta >= 0) & (delta < size)).all())
         )
         if not fits:
             raise CheckpointError(f"{where} is damaged: its tokens or logits are not readable")
@@ -157,13 +160,14 @@ class Found:
 class StateStore:
     """States in memory, and in a folder that several servers of the model may share.
 
-    `like` is a state of the model that states from files are compared with.
+    `like` is a state of the model and `vocab_size` its tokens, with which files are compared.
     """
 
     def __init__(
         self,
         fingerprint: str,
         like: State | None = None,
+        vocab_size: int | None = None,
         *,
         memory_bytes: int = MEMORY_BYTES,
         folder: Path | None = None,
@@ -177,7 +181,7 @@ class StateStore:
         self.restored = 0
         """States read from disk so far."""
         self.evictions = 0
-        self._like = like
+        self._expected = (fingerprint, like, vocab_size)
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._evicted: OrderedDict[str, None] = OrderedDict()
         self._on_disk: dict[str, Path] = {}
@@ -230,18 +234,20 @@ class StateStore:
             evicted = any(key in self._evicted for key in chain)
         return Found(0, None, "evicted" if evicted else "no_prefix")
 
-    def keep(self, kept: Kept) -> None:
-        """Keeps it in memory, and begins to write it to disk."""
+    def keep(self, kept: Kept) -> Kept:
+        """Keeps it in memory, and begins to write it to disk, unless the same state is there
+        already. Returns the one that is there.
+        """
         with self._lock:
-            known = self._kept.get(kept.id)
+            known = self._get(kept.id)
             if known is not None and (known.saved or not kept.saved):
-                self._kept.move_to_end(kept.id)
-                return
+                return known
             self._put(kept)
             # As many wait only if the disk is slower than the model.
             late = len(self._writing) >= MAX_WRITING
             if self.folder is not None and kept.id not in self._on_disk and not late:
                 self._later(lambda: self._write(kept))
+            return kept
 
     def save(self, state_id: str, owner: str, name: str | None = None) -> Kept:
         """Keeps a state until it is deleted; when this returns it is on the disk, if there is a
@@ -333,20 +339,19 @@ class StateStore:
         Raises: RequestError (400) that says what does not fit.
         """
         # The library reads declared sizes from a file, and compares them with its length.
-        temporary = (self.folder or Path(_scratch())) / f"{uuid.uuid4().hex}.tmp"
+        folder = Path(tempfile.gettempdir()) if self.folder is None else self.folder / CACHE
+        temporary = folder / f"{uuid.uuid4().hex}.tmp"
         try:
             temporary.write_bytes(data)
-            found = Kept.read(temporary, self.fingerprint, self._like)
+            found = Kept.read(temporary, *self._expected)
         except CheckpointError as error:
             message = str(error).replace(str(temporary), "the file")
             message = message.replace(temporary.name, "the file")
             raise RequestError(message, code="state_refused") from None
         finally:
             temporary.unlink(missing_ok=True)
-        own = _name(_digest(f"{owner}\n".encode() + data))
-        kept = replace(found, id=own, parent=None, owner=owner, name=name, saved=False)
-        self.keep(kept)
-        return kept
+        own = _name(_digest(f"{owner}\n{name or ''}\n".encode() + data))
+        return self.keep(replace(found, id=own, parent=None, owner=owner, name=name, saved=False))
 
     def flush(self) -> None:
         """Waits until everything that is to be written has been."""
@@ -368,7 +373,7 @@ class StateStore:
         if path is None:
             return None
         try:
-            kept = Kept.read(path, self.fingerprint, self._like)
+            kept = Kept.read(path, *self._expected)
             if kept.id != key:
                 raise CheckpointError(f"{path.name} holds {kept.id}")
             os.utime(path)
@@ -557,9 +562,3 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _scratch() -> str:
-    import tempfile
-
-    return tempfile.gettempdir()

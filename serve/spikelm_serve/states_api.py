@@ -113,12 +113,7 @@ class StatesApi:
         """Reads the tokens of a state again, from the beginning, and compares."""
         kept = await self._get(request)
         line = [kept, *await asyncio.to_thread(lambda: list(self._store.ancestors(kept)))]
-        if line[-1].parent is not None:
-            raise RequestError(
-                f"the state {line[-1].parent}, from which it was reached, is not there any more",
-                status=404,
-                code="state_not_found",
-            )
+        _check_whole(line)
         ids = [int(token) for each in reversed(line) for token in each.delta]
         done = await self._read(request, ids, None, keep=False)
         assert done is not None
@@ -140,12 +135,8 @@ class StatesApi:
         at = next((i for i, k in enumerate(line) if k.tokens <= tokens), len(line))
         if at < len(line) and line[at].tokens == tokens:
             return line[at]
-        if at == len(line) and line[-1].parent is not None:
-            raise RequestError(
-                f"the states before token {line[-1].tokens} are not there any more",
-                status=404,
-                code="state_not_found",
-            )
+        if at == len(line):
+            _check_whole(line)
         start = line[at] if at < len(line) else None
         before = start.tokens if start else 0
         ids = [int(t) for t in line[at - 1].delta[: tokens - before]]
@@ -184,6 +175,19 @@ class StatesApi:
 
     def _shown(self, kept: Kept) -> Response:
         return JSONResponse(describe(kept, self._store.fingerprint))
+
+
+def _check_whole(line: list[Kept]) -> None:
+    """Raises: RequestError (404) if the tokens of a state, given with those before it, are not all
+    known: some are not there any more, or it came from elsewhere.
+    """
+    known = sum(len(kept.delta) for kept in line)
+    if known != line[0].tokens:
+        raise RequestError(
+            f"of the {line[0].tokens} tokens only the last {known} are known here",
+            status=404,
+            code="state_not_found",
+        )
 
 
 def _difference(one: Kept, other: Kept) -> dict[str, Any]:

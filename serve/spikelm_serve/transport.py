@@ -130,7 +130,7 @@ async def http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path[:100]
     messages = {
-        404: f"no such route: {path}; docs/server.md lists them",
+        404: f"no such route: {path}; docs/serving.md lists them",
         405: f"{request.method} is not allowed for {path}",
     }
     message = messages.get(error.status_code, error.detail)

@@ -63,7 +63,7 @@ class Wire:
         self._scores: dict[int, Sequence[Likelihood]] = {}
         self._opened: set[int] = set()
         self._offsets: dict[int, int] = {}
-        self._ended: list[Done] = []
+        self._totals: list[Totals] = []
         self._reasons: dict[int, Json] = {}
 
     def whole(self, events: Sequence[tuple[int, Event]], extra: Json | None = None) -> Json:
@@ -73,7 +73,7 @@ class Wire:
             if isinstance(event, Scored):
                 self._scores[job] = event.likelihoods
             elif isinstance(event, Done):
-                self._ended.append(event)
+                self._totals.append(event.totals)
             elif isinstance(event, Text):
                 choice = found.setdefault(event.index, _Choice())
                 opening = "" if choice.text or choice.logprobs else self._echo(event.index)
@@ -87,8 +87,7 @@ class Wire:
             content: Json = {"message": message} if self.chat else {"text": choice.text}
             logprobs = _joined(choice.logprobs) if self._logprobs else None
             choices.append(_choice(index, content, choice.reason, logprobs))
-        body = self._body(choices, "chat.completion") | {"usage": self._usage()} | self._costs()
-        return body | (extra or {})
+        return self._body(choices, "chat.completion") | self._account() | (extra or {})
 
     def chunks(self, job: int, event: Event, extra: Json | None = None) -> Iterator[Json]:
         """The chunks of a streamed answer that an event makes; the last of them has usage (if it
@@ -103,7 +102,7 @@ class Wire:
         elif isinstance(event, Text):
             yield from self._text_chunks(event)
         elif isinstance(event, Done):
-            self._ended.append(event)
+            self._totals.append(event.totals)
             self._waiting -= 1
             yield from self._last_chunks(job, extra or {})
 
@@ -132,9 +131,12 @@ class Wire:
         last = self._waiting == 0
         for place, choice in enumerate(mine, 1):
             end = last and place == len(mine) and not self._include_usage
-            yield self._chunk(choice) | (self._costs() | extra if end else {})
+            yield self._chunk(choice) | (costs(self._totals) | extra if end else {})
         if last and self._include_usage:
-            yield self._chunk(usage=False) | {"usage": self._usage()} | self._costs() | extra
+            yield self._chunk(usage=False) | self._account() | extra
+
+    def _account(self) -> Json:
+        return {"usage": usage(self._totals), **costs(self._totals)}
 
     def _echo(self, index: int) -> str:
         return self._echoes[index // self._n].text if self._echoes else ""
@@ -204,15 +206,6 @@ class Wire:
             "model": self._model,
             "choices": choices,
         }
-
-    def _totals(self) -> list[Totals]:
-        return [done.totals for done in self._ended]
-
-    def _usage(self) -> Json:
-        return usage(self._totals())
-
-    def _costs(self) -> Json:
-        return costs(self._totals())
 
 
 def usage(totals: Sequence[Totals]) -> Json:

@@ -15,8 +15,8 @@ from spikelm.eval.budget import raisable
 from spikelm.models.spikelm import LanguageModel
 from spikelm.sampling import SamplingParams
 from spikelm.tokenizer import Tokenizer
-from spikelm_serve.answer import Meter
-from spikelm_serve.arguments import add_running, add_sampling, load_engine, sampling_params, stats
+from spikelm_serve.answer import Meter, stats
+from spikelm_serve.arguments import add_running, add_sampling, load_engine, sampling_params
 
 
 def parsed(*words: str) -> argparse.Namespace:

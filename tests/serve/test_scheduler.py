@@ -242,15 +242,15 @@ def test_priorities_then_owners_then_age(make_engine: Any, start: Start) -> None
     scheduler.submit([blocking])
     while scheduler.num_waiting:
         time.sleep(0.001)
-    order: list[str] = []
-    scheduler.observe = lambda done, outcome: order.append(done.id)
+    order: list[int] = []
+    scheduler.observe = lambda done, outcome: order.append(done.number)
     one = SamplingParams(max_tokens=1)
-    for name, priority in (("a", 0), ("b", 5), ("c", -1), ("d", 0)):
-        scheduler.submit([job(scheduler, [2], params=one, priority=priority, id=name)[0]])
+    for priority in (0, 5, -1, 0):
+        scheduler.submit([job(scheduler, [2], params=one, priority=priority)[0]])
     running.end()
     while len(order) < 5:
         time.sleep(0.001)
-    assert order[1:] == ["c", "a", "d", "b"]
+    assert order == [0, 3, 1, 4, 2]
 
 
 def test_too_many_are_refused_and_told_when_it_ends(make_engine: Any, start: Start) -> None:

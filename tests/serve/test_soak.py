@@ -71,7 +71,7 @@ async def many(port: int, number: int) -> int:
 
 
 def test_nothing_is_left_behind(started: Any, tmp_path: Path) -> None:
-    room = ("--state-memory", "20M", "--state-disk", "20M")
+    room = ("--state-memory", "20MiB", "--state-disk", "20MiB")
     process, url = started(*room, "--state-dir", str(tmp_path / "states"))
     port = int(url.rpartition(":")[2])
 

@@ -25,6 +25,7 @@ from spikelm_serve import states
 from spikelm_serve.states import CACHE, SAVED, Kept, StateStore, describe
 
 Make = Callable[..., StateStore]
+VOCAB = 300
 KILLS = int(os.environ.get("SPIKELM_KILLS", "6"))
 """100 in `make soak`."""
 
@@ -42,7 +43,7 @@ def state(value: float = 0.0) -> State:
 def make(tmp_path: Path) -> Make:
     def store(**options: Any) -> StateStore:
         folder = tmp_path / "states" if options.pop("disk", True) else None
-        return StateStore("model", state(), folder=folder, **options)
+        return StateStore("model", state(), VOCAB, folder=folder, **options)
 
     return store
 
@@ -56,7 +57,7 @@ def kept(store: StateStore, ids: list[int], owner: str = "", **more: Any) -> Kep
         owner=owner,
         delta=np.array(ids, np.int32),
         state=state(float(len(ids))),
-        logits=torch.arange(5.0),
+        logits=torch.arange(float(VOCAB)),
         **more,
     )
 
@@ -129,6 +130,19 @@ def test_what_is_kept_survives_a_restart(make: Make) -> None:
     assert [entry["id"] for entry in again.listed("me")] == [other.id]
     again.delete(one.id, "")
     assert find(make(), [1, 2]) == (0, "no_prefix")
+
+
+@pytest.mark.parametrize("evicted", [False, True])
+def test_a_state_is_the_one_that_was_there_first(make: Make, evicted: bool) -> None:
+    store = make()
+    first = replace(kept(store, [1, 2]), created=1)
+    assert store.keep(first) is first
+    store.save(first.id, "")
+    if evicted:
+        store = make(memory_bytes=1)
+    again = store.keep(kept(store, [1, 2]))
+    assert (again.created, again.saved) == (1, True)
+    assert describe(store.get(first.id, ""), "model") == describe(again, "model")
 
 
 def test_two_servers_share_a_folder(make: Make) -> None:
@@ -228,15 +242,18 @@ def damaged(data: bytes) -> list[tuple[str, bytes]]:
     tensors = {
         "layers.0.S": torch.zeros(1, 2, 3, 4),
         "position": torch.tensor([3]),
-        "logits": torch.zeros(5),
+        "logits": torch.zeros(VOCAB),
         "delta": torch.zeros(2, dtype=torch.int32),
     }
     for name, change in (
         ("NaN", {"layers.0.S": torch.full((1, 2, 3, 4), torch.nan)}),
-        ("infinite logits", {"logits": torch.full((5,), torch.inf)}),
+        ("infinite logits", {"logits": torch.full((VOCAB,), torch.inf)}),
         ("another tensor", {"more": torch.zeros(1)}),
         ("another state", {"layers.0.T": torch.zeros(1)}),
-        ("logits of int", {"logits": torch.zeros(5, dtype=torch.int32)}),
+        ("more logits", {"logits": torch.zeros(VOCAB + 1)}),
+        ("no such token", {"delta": torch.tensor([1, VOCAB], dtype=torch.int32)}),
+        ("more tokens than it has read", {"delta": torch.zeros(3, dtype=torch.int32)}),
+        ("logits of int", {"logits": torch.zeros(VOCAB, dtype=torch.int32)}),
         ("two positions", {"position": torch.tensor([3, 4])}),
         ("negative position", {"position": torch.tensor([-3])}),
     ):
@@ -325,7 +342,7 @@ print("ready", flush=True)
 for i in itertools.count():
     chain = store.chain(store.root(""), [i])
     state = State(({"S": S + i},), torch.tensor([1]))
-    store.keep(Kept(chain[0], None, 1, "", np.array([i], np.int32), state, torch.zeros(3)))
+    store.keep(Kept(chain[0], None, 1, "", np.array([i], np.int32), state, torch.zeros(4096)))
     store.save(chain[0], "")
     print(i, flush=True)
 """

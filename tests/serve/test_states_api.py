@@ -197,6 +197,11 @@ def test_a_state_moves_to_another_server(
     one = say(client, [user("More")], state={"from": body["state"]["id"]})
     two = say(other, [user("More")], state={"from": taken.json()["id"]})
     assert one["choices"] == two["choices"]
+    # What was read before the last state is not in the file.
+    for path, ask in (("rewind", {"to_token": 1}), ("verify", {})):
+        unknown = other.post(f"/v1/states/{taken.json()['id']}/{path}", json=ask)
+        assert unknown.status_code == 404, unknown.text
+        assert "only the last" in unknown.json()["error"]["message"]
     bad = other.post("/v1/states", content=data.content[:-1], headers=kind)
     assert (bad.status_code, bad.json()["error"]["code"]) == (400, "state_refused")
     assert say(other, [user("More")], state={"from": taken.json()["id"]})["choices"]

@@ -525,8 +525,9 @@ def load_recipe(
         # Texts that were named beside them are a contradiction, those of the recipe are replaced.
         named = {a.partition("=")[0].removeprefix("data.") for a in assignments}
         given = data.get("data") or {}
-        for key in {"prepared", "mixture"} - named:
-            given.pop(key, None)
+        if "data" not in named:
+            for key in {"prepared", "mixture"} - named:
+                given.pop(key, None)
         data["data"] = {**given, "sources": list(sources)}
     data["tokenizer"] = _tokenizer(data, rows)
     if isinstance(data.get("model"), dict):
