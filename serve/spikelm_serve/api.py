@@ -23,11 +23,10 @@ from spikelm_serve.outbox import Courier, Outbox, joined
 from spikelm_serve.prompts import Prompt, Prompts
 from spikelm_serve.scheduler import Scheduler, incident
 from spikelm_serve.states import Kept, StateStore, describe
-from spikelm_serve.transport import EventStream, read_body
+from spikelm_serve.streams import Streams
+from spikelm_serve.transport import PING_SECONDS, owner_of, read_body
 from spikelm_serve.wire import Echo, Json, Wire, error_body, event
 
-PING_SECONDS = 15
-"""Between comments in a stream that is silent otherwise."""
 MAX_INLINE_BYTES = 16 << 20
 
 
@@ -61,6 +60,7 @@ class Api:
         self.name = model_name
         self._forms: Forms | None = None
         self._courier = Courier()
+        self.streams = Streams()
         scheduler.deliver = self._courier.deliver
         self._card = {
             "id": model_name,
@@ -128,10 +128,11 @@ class Api:
         ask = await asyncio.to_thread(prepare, body, owner_of(request), outbox)
         self.scheduler.submit(ask.jobs)
         if ask.options.stream:
-            return EventStream(self._stream(ask, outbox))
-        events = await self.collect(request, ask.jobs, outbox)
-        extra = await self._state_of(ask, [e for _, e in events])
-        return JSONResponse(ask.wire.whole(events, extra))
+            events = self._stream(ask, outbox)
+            return self.streams.answer(ask.wire.id, request, events, ask.options)
+        found = await self.collect(request, ask.jobs, outbox)
+        extra = await self._state_of(ask, [e for _, e in found])
+        return JSONResponse(ask.wire.whole(found, extra))
 
     def outbox(self) -> Outbox:
         """For the events of a new request."""
@@ -284,6 +285,9 @@ class Api:
     ) -> Job:
         """The work for one prompt of a request."""
         late = options.deadline_ms
+        if self.store.shelf is not None and not options.state.no_cache:
+            # What is on the shelf comes into memory here, before the model's thread asks for it.
+            self.store.find(prompt.chain, owner)
         return Job(
             ids=prompt.ids,
             chain=prompt.chain,
@@ -324,12 +328,6 @@ class Api:
                 param="model",
                 code="model_not_found",
             )
-
-
-def owner_of(request: Request) -> str:
-    """The name of the key that a request came with, "" where none is needed."""
-    owner: str = request.scope.get("spikelm.owner", "")
-    return owner
 
 
 async def _gone(request: Request) -> None:

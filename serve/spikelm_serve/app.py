@@ -57,6 +57,7 @@ def create_app(
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(scheduler.close)
+        await api.streams.close()
         await asyncio.to_thread(store.close)
 
     guard = partial(guarded, metrics=api.metrics)
@@ -77,6 +78,8 @@ def create_app(
             route("/v1/chat/completions", api.chat_completions, "POST"),
             route("/v1/responses", responses.create, "POST"),
             route("/v1/responses/{id}", responses.delete, "DELETE"),
+            route("/v1/streams/{id}", api.streams.resume),
+            route("/v1/streams/{id}", api.streams.cancel, "DELETE"),
             route("/tokenize", api.tokenize, "POST"),
             route("/detokenize", api.detokenize, "POST"),
             *states.routes(guard),

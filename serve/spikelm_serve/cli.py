@@ -64,9 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--state-dir",
-        type=Path,
         metavar="DIR",
-        help="folder of conversation states, which servers of the model may share (memory alone)",
+        help="folder of conversation states, or a bucket (s3://NAME/PREFIX, gs://, az://), which "
+        "servers of the model may share (memory alone)",
     )
     parser.add_argument(
         "--state-memory",
@@ -136,6 +136,7 @@ def main(argv: list[str]) -> int:
     from spikelm.eval.inspect import describe_state
     from spikelm.template import ChatTemplate
     from spikelm_serve.app import create_app
+    from spikelm_serve.shelf import open_shelf
     from spikelm_serve.states import StateStore
 
     engine, _ = load_engine(args)
@@ -146,8 +147,7 @@ def main(argv: list[str]) -> int:
         checkpoint.model.initial_state(1),
         checkpoint.tokenizer.vocab_size,
         memory_bytes=args.state_memory,
-        folder=args.state_dir,
-        disk_bytes=args.state_disk,
+        shelf=None if args.state_dir is None else open_shelf(args.state_dir, args.state_disk),
     )
     app = create_app(
         engine,

@@ -20,12 +20,12 @@ from starlette.responses import JSONResponse, Response
 
 from spikelm.errors import RequestError
 from spikelm_serve import schema
-from spikelm_serve.api import PING_SECONDS, Api, owner_of
+from spikelm_serve.api import Api
 from spikelm_serve.jobs import Done, Event, Failed, Job, Text
 from spikelm_serve.outbox import Outbox, joined
 from spikelm_serve.scheduler import incident
 from spikelm_serve.states import describe
-from spikelm_serve.transport import EventStream, read_body
+from spikelm_serve.transport import PING_SECONDS, owner_of, read_body
 from spikelm_serve.wire import Json, costs, error_body, usage
 
 
@@ -51,7 +51,9 @@ class Responses:
         ask = await asyncio.to_thread(self._prepare, body, owner_of(request), outbox)
         self._api.scheduler.submit([ask.job])
         if ask.request.options.stream:
-            return EventStream(self._stream(ask, outbox))
+            stream = self._stream(ask, outbox)
+            options = ask.request.options
+            return self._api.streams.answer(ask.body["id"], request, stream, options)
         events = await self._api.collect(request, [ask.job], outbox)
         return JSONResponse(await self._whole(ask, [event for _, event in events]))
 

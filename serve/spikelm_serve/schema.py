@@ -98,6 +98,8 @@ class Options:
     stream: bool
     include_usage: bool
     """A last streamed chunk with the usage and no choices."""
+    resumable: bool
+    """The streamed answer goes on when its connection is lost."""
     num_top: int | None = None
     """Logprobs, with so many alternatives; None: none."""
     form: Form | None = None
@@ -287,14 +289,14 @@ def _options(fields: Json, default_tokens: int, vocab_size: int, num_top: int | 
         # The type counts: logprobs 0 asks for something, False does not.
         if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
             raise RequestError(f"{name} is not supported; leave it out", param=name)
-    stream = _flag(fields, "stream")
     return Options(
         model=_model(fields),
         params=_params(fields, default_tokens, vocab_size),
         stop=_stop(fields.get("stop")),
         n=_integer(fields, "n", 1, MAX_CHOICES, default=1),
-        stream=stream,
-        include_usage=_include_usage(fields, stream),
+        stream=_flag(fields, "stream"),
+        include_usage=_stream_option(fields, "include_usage"),
+        resumable=_stream_option(fields, "resumable"),
         num_top=num_top,
         form=_form(fields),
         state=_state(fields),
@@ -430,13 +432,13 @@ def _stop(value: object) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _include_usage(fields: Json, stream: bool) -> bool:
+def _stream_option(fields: Json, name: str) -> bool:
     options = fields.get("stream_options")
     if options is None:
         return False
-    if not isinstance(options, dict) or not stream:
+    if not isinstance(options, dict) or not _flag(fields, "stream"):
         _refuse("stream_options", options, "an object, and only with stream: true")
-    return _flag(options, "include_usage")
+    return _flag({f"stream_options.{name}": options.get(name)}, f"stream_options.{name}")
 
 
 def _prompts(value: object, vocab_size: int) -> tuple[str | tuple[int, ...], ...]:

@@ -13,9 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import re
-import tempfile
 import threading
 import time
 import uuid
@@ -32,28 +29,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from spikelm.errors import CheckpointError, ConfigError, RequestError
+from spikelm.errors import CheckpointError, RequestError
 from spikelm.state import State, opened
+from spikelm_serve.shelf import STATE_ID, Shelf, as_file, no_room
 
 Reason = Literal["no_prefix", "evicted", "disabled"]
 """Why nothing of a prompt was found."""
 
 MEMORY_BYTES = 1 << 30
-DISK_BYTES = 10 << 30
 REMEMBERED = 20_000
 """Ids of evicted states that are remembered as such."""
 MAX_WRITING = 64
 """States that wait to be written, at most: a cache may do without one."""
-LOOK_SECONDS = 1.0
-"""Between looks for what other servers have written."""
-MEASURE_SECONDS = 10.0
-"""Between measurements of a folder that other servers may write to."""
-STALE_SECONDS = 3600
-"""Age of a temporary file that nobody is writing any more."""
-# What is kept because somebody asked for it, and what may go.
-SAVED, CACHE = "saved", "cache"
-SUFFIX = ".safetensors"
-_ID = re.compile(r"st_[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +85,7 @@ class Kept:
         where = path.name
         with opened(path) as file:
             state = State.of(file, fingerprint, like, where)
-            about = _about(file, where)
+            about = _about(file.metadata() or {}, where)
             extra = {name for name in file.keys() if not name.startswith("layers.")}  # noqa: SIM118
             try:
                 logits, delta = file.get_tensor("logits"), file.get_tensor("delta")
@@ -120,7 +107,7 @@ class Kept:
         return Kept(delta=delta.numpy(), state=state, logits=logits, **about)
 
 
-def _about(file: Any, where: str) -> dict[str, Any]:
+def _about(metadata: dict[str, str], where: str) -> dict[str, Any]:
     """What the header of a file says, checked."""
     kinds: dict[str, tuple[type, ...]] = {
         "id": (str,),
@@ -134,13 +121,13 @@ def _about(file: Any, where: str) -> dict[str, Any]:
         "created": (int,),
     }
     try:
-        about = json.loads((file.metadata() or {})["conversation"])
+        about = json.loads(metadata["conversation"])
         fits = about.keys() == kinds.keys() and all(
             isinstance(about[name], kind) for name, kind in kinds.items()
         )
     except (KeyError, ValueError, AttributeError, RecursionError):
         fits = False
-    if not fits or not _ID.fullmatch(about["id"]) or about["tokens"] < 0:
+    if not fits or not STATE_ID.fullmatch(about["id"]) or about["tokens"] < 0:
         raise CheckpointError(f"{where} is damaged: its header is not readable")
     found: dict[str, Any] = about
     return found
@@ -158,7 +145,7 @@ class Found:
 
 
 class StateStore:
-    """States in memory, and in a folder that several servers of the model may share.
+    """States in memory, and on a shelf that several servers of the model may share.
 
     `like` is a state of the model and `vocab_size` its tokens, with which files are compared.
     """
@@ -170,12 +157,11 @@ class StateStore:
         vocab_size: int | None = None,
         *,
         memory_bytes: int = MEMORY_BYTES,
-        folder: Path | None = None,
-        disk_bytes: int = DISK_BYTES,
+        shelf: Shelf | None = None,
     ) -> None:
         self.fingerprint = fingerprint
-        self.memory_bytes, self.disk_bytes = memory_bytes, disk_bytes
-        self.folder = folder
+        self.memory_bytes = memory_bytes
+        self.shelf = shelf
         self.used = 0
         """Bytes in memory."""
         self.restored = 0
@@ -184,25 +170,9 @@ class StateStore:
         self._expected = (fingerprint, like, vocab_size)
         self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._evicted: OrderedDict[str, None] = OrderedDict()
-        self._on_disk: dict[str, Path] = {}
-        self._looked = -LOOK_SECONDS
-        self._disk_used, self._measured = 0, -MEASURE_SECONDS
         self._lock = threading.RLock()
         self._writer = ThreadPoolExecutor(1, "spikelm-states")
         self._writing: set[Future[None]] = set()
-        if folder is not None:
-            self._open(folder)
-
-    def _open(self, folder: Path) -> None:
-        try:
-            for part in (SAVED, CACHE):
-                (folder / part).mkdir(parents=True, exist_ok=True)
-                for path in (folder / part).glob("*.tmp"):
-                    # Perhaps another server's, which is writing it.
-                    if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                        path.unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot keep states in {folder}: {error.strerror}") from None
 
     @property
     def num_kept(self) -> int:
@@ -223,45 +193,44 @@ class StateStore:
 
     def find(self, chain: Sequence[str], owner: str) -> Found:
         """The longest beginning of `chain` of which a state is kept."""
+        self._look()
+        for at in range(len(chain), 0, -1):
+            key = chain[at - 1]
+            if key in self._kept or self._on_shelf(key):
+                kept = self._get(key)
+                if kept is not None and kept.owner == owner:
+                    return Found(at, kept, None)
         with self._lock:
-            self._look()
-            for at in range(len(chain), 0, -1):
-                key = chain[at - 1]
-                if key in self._kept or key in self._on_disk:
-                    kept = self._get(key)
-                    if kept is not None and kept.owner == owner:
-                        return Found(at, kept, None)
             evicted = any(key in self._evicted for key in chain)
         return Found(0, None, "evicted" if evicted else "no_prefix")
 
     def keep(self, kept: Kept) -> Kept:
-        """Keeps it in memory, and begins to write it to disk, unless the same state is there
+        """Keeps it in memory, and begins to write it to the shelf, unless the same state is there
         already. Returns the one that is there.
         """
+        known = self._get(kept.id) if kept.id in self._kept or self._on_shelf(kept.id) else None
+        if known is not None and (known.saved or not kept.saved):
+            return known
         with self._lock:
-            known = self._get(kept.id)
-            if known is not None and (known.saved or not kept.saved):
-                return known
             self._put(kept)
-            # As many wait only if the disk is slower than the model.
+            # As many wait only if the shelf is slower than the model.
             late = len(self._writing) >= MAX_WRITING
-            if self.folder is not None and kept.id not in self._on_disk and not late:
+            if self.shelf is not None and kept.id not in self.shelf and not late:
                 self._later(lambda: self._write(kept))
-            return kept
+        return kept
 
     def save(self, state_id: str, owner: str, name: str | None = None) -> Kept:
-        """Keeps a state until it is deleted; when this returns it is on the disk, if there is a
-        folder.
+        """Keeps a state until it is deleted; when this returns it is on the shelf, if there is one.
 
         Raises: RequestError without such a state, or where no room is left.
         """
         kept = replace(self.get(state_id, owner), saved=True)
         kept = kept if name is None else replace(kept, name=name)
-        if self.folder is None:
+        if self.shelf is None:
             with self._lock:
                 saved = sum(other.nbytes for other in self._kept.values() if other.saved)
                 if saved + kept.nbytes > self.memory_bytes:
-                    raise _no_room("memory")
+                    raise no_room("memory")
                 self._put(kept)
             return kept
         self._write(kept)
@@ -271,30 +240,28 @@ class StateStore:
 
     def get(self, state_id: str, owner: str) -> Kept:
         """Raises: RequestError (404) if `owner` has no such state, (400) for a damaged file."""
-        if not _ID.fullmatch(state_id):
+        if not STATE_ID.fullmatch(state_id):
             raise _unknown(state_id)
-        with self._lock:
-            self._look()
-            kept = self._get(state_id, strict=True)
+        self._look()
+        kept = self._get(state_id, strict=True)
         if kept is None or kept.owner != owner:
             raise _unknown(state_id)
         return kept
 
     def listed(self, owner: str) -> list[dict[str, Any]]:
         """What there is of `owner`'s, the newest first."""
+        self._look()
         with self._lock:
-            self._look()
-            found = {k.id: describe(k, self.fingerprint) for k in self._kept.values()}
-            owners = {k.id: k.owner for k in self._kept.values()}
-            paths = [path for key, path in self._on_disk.items() if key not in found]
-        for path in paths:
-            with contextlib.suppress(CheckpointError), opened(path) as file:
-                about = _about(file, path.name)
-                owners[about["id"]] = about["owner"]
-                size = path.stat().st_size
-                found[about["id"]] = _described(about, size, self.fingerprint)
-        mine = [entry for key, entry in found.items() if owners[key] == owner]
-        return sorted(mine, key=lambda entry: (-entry["created"], -entry["tokens"]))
+            kept = list(self._kept.values())
+        found = {k.id: describe(k, self.fingerprint) for k in kept if k.owner == owner}
+        if self.shelf is not None:
+            ours = {k.id for k in kept}
+            for head, size in self.shelf.heads(key for key in self.shelf if key not in ours):
+                with contextlib.suppress(CheckpointError):
+                    about = _about(_metadata(head, self.fingerprint), "it")
+                    if about["owner"] == owner:
+                        found[about["id"]] = _described(about, size, self.fingerprint)
+        return sorted(found.values(), key=lambda entry: (-entry["created"], -entry["tokens"]))
 
     def delete(self, state_id: str, owner: str) -> None:
         """Raises: RequestError without such a state."""
@@ -302,10 +269,13 @@ class StateStore:
         self.flush()
         with self._lock:
             self._drop(state_id)
-            self._on_disk.pop(state_id, None)
-            if self.folder is not None:
-                for part in (SAVED, CACHE):
-                    (self.folder / part / f"{state_id}{SUFFIX}").unlink(missing_ok=True)
+        if self.shelf is not None:
+            try:
+                self.shelf.remove(state_id)
+            except OSError as error:
+                raise RequestError(
+                    f"the state could not be deleted: {error}", status=503, code="storage_error"
+                ) from None
 
     def fork(self, state_id: str, owner: str, name: str | None = None) -> Kept:
         """The same state under an id of its own: deleted, saved and gone on from apart."""
@@ -326,8 +296,7 @@ class StateStore:
     def ancestors(self, kept: Kept) -> Iterator[Kept]:
         """The states it was reached from, as far as they are still there."""
         while kept.parent is not None:
-            with self._lock:
-                found = self._get(kept.parent)
+            found = self._get(kept.parent)
             if found is None or found.owner != kept.owner:
                 return
             kept = found
@@ -338,18 +307,12 @@ class StateStore:
 
         Raises: RequestError (400) that says what does not fit.
         """
-        # The library reads declared sizes from a file, and compares them with its length.
-        folder = Path(tempfile.gettempdir()) if self.folder is None else self.folder / CACHE
-        temporary = folder / f"{uuid.uuid4().hex}.tmp"
         try:
-            temporary.write_bytes(data)
-            found = Kept.read(temporary, *self._expected)
+            with as_file(data) as path:
+                found = Kept.read(path, *self._expected)
         except CheckpointError as error:
-            message = str(error).replace(str(temporary), "the file")
-            message = message.replace(temporary.name, "the file")
+            message = str(error).replace(str(path), "the file").replace(path.name, "the file")
             raise RequestError(message, code="state_refused") from None
-        finally:
-            temporary.unlink(missing_ok=True)
         own = _name(_digest(f"{owner}\n{name or ''}\n".encode() + data))
         return self.keep(replace(found, id=own, parent=None, owner=owner, name=name, saved=False))
 
@@ -362,29 +325,35 @@ class StateStore:
     def close(self) -> None:
         self.flush()
         self._writer.shutdown()
+        if self.shelf is not None:
+            self.shelf.close()
 
     def _get(self, key: str, *, strict: bool = False) -> Kept | None:
         """From memory or disk; a damaged file is an error if `strict`, else as good as none."""
-        kept = self._kept.get(key)
-        if kept is not None:
-            self._kept.move_to_end(key)
-            return kept
-        path = self._path(key)
-        if path is None:
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is not None:
+                self._kept.move_to_end(key)
+                return kept
+        if self.shelf is None:
             return None
+        # Other requests do not wait for the shelf.
         try:
-            kept = Kept.read(path, *self._expected)
-            if kept.id != key:
-                raise CheckpointError(f"{path.name} holds {kept.id}")
-            os.utime(path)
+            with self.shelf.fetch(key) as (path, saved):
+                found = Kept.read(path, *self._expected)
+            if found.id != key:
+                raise CheckpointError(f"the file of {key} holds {found.id}")
+        except FileNotFoundError:
+            return None
         except (CheckpointError, OSError) as error:
             if strict:
                 raise RequestError(str(error), code="state_damaged") from None
             return None
-        self.restored += 1
-        kept = replace(kept, saved=path.parent.name == SAVED)
-        self._put(kept)
-        return kept
+        found = replace(found, saved=saved)
+        with self._lock:
+            self.restored += 1
+            self._put(found)
+        return found
 
     def _put(self, kept: Kept) -> None:
         known = self._kept.pop(kept.id, None)
@@ -393,11 +362,11 @@ class StateStore:
         for key in list(self._kept):
             if self.used <= self.memory_bytes:
                 break
-            # What is saved can be read again if it is on the disk.
-            if key != kept.id and (not self._kept[key].saved or key in self._on_disk):
+            # What is saved can be read again if it is on the shelf.
+            if key != kept.id and (not self._kept[key].saved or self._on_shelf(key)):
                 self._drop(key)
                 self.evictions += 1
-                if key not in self._on_disk:
+                if not self._on_shelf(key):
                     self._evicted[key] = None
                     while len(self._evicted) > REMEMBERED:
                         self._evicted.popitem(last=False)
@@ -407,26 +376,11 @@ class StateStore:
         self.used -= kept.nbytes if kept else 0
 
     def _look(self) -> None:
-        """Learns what is on the disk, also from other servers, from time to time."""
-        now = time.monotonic()
-        if self.folder is None or now - self._looked < LOOK_SECONDS:
-            return
-        self._looked = now
-        self._on_disk = {
-            entry.name.removesuffix(SUFFIX): Path(entry.path)
-            for part in (CACHE, SAVED)
-            for entry in os.scandir(self.folder / part)
-            if _ID.fullmatch(entry.name.removesuffix(SUFFIX)) and entry.name.endswith(SUFFIX)
-        }
+        if self.shelf is not None:
+            self.shelf.look()
 
-    def _path(self, key: str) -> Path | None:
-        """Its file, if there is one."""
-        path = self._on_disk.get(key)
-        if path is None and self.folder is not None:
-            # Another server's, written since the last look.
-            paths = (self.folder / part / f"{key}{SUFFIX}" for part in (SAVED, CACHE))
-            path = next((path for path in paths if path.is_file()), None)
-        return None if path is None or path.is_symlink() else path
+    def _on_shelf(self, key: str) -> bool:
+        return self.shelf is not None and key in self.shelf
 
     def _later(self, work: Callable[[], None]) -> None:
         def safely() -> None:
@@ -439,61 +393,28 @@ class StateStore:
         future.add_done_callback(self._writing.discard)
 
     def _write(self, kept: Kept) -> None:
-        """Puts the file in its place, whole. Raises: RequestError (507) without room for it."""
-        assert self.folder is not None
-        data = kept.pack(self.fingerprint)
-        part = self.folder / (SAVED if kept.saved else CACHE)
-        path = part / f"{kept.id}{SUFFIX}"
-        self._make_room(len(data), kept.saved)
-        temporary = part / f"{uuid.uuid4().hex}.tmp"
+        """Raises: RequestError (507) without room for it."""
+        assert self.shelf is not None
         try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                if kept.saved:
-                    os.fsync(file.fileno())
-            temporary.replace(path)
-            if kept.saved:
-                _sync(part)
+            self.shelf.write(kept.id, kept.pack(self.fingerprint), saved=kept.saved)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            if kept.saved:
-                raise RequestError(
-                    f"the state could not be saved: {error.strerror}",
-                    status=507,
-                    code="insufficient_storage",
-                ) from None
-            return
-        with self._lock:
-            self._on_disk[kept.id] = path
-            if kept.saved:
-                with contextlib.suppress(OSError):
-                    (self.folder / CACHE / path.name).unlink(missing_ok=True)
+            raise RequestError(
+                f"the state could not be saved: {error.strerror or error}",
+                status=507,
+                code="insufficient_storage",
+            ) from None
 
-    def _make_room(self, size: int, for_good: bool) -> None:
-        assert self.folder is not None
-        now = time.monotonic()
-        soon = now - self._measured < MEASURE_SECONDS
-        if soon and not for_good and self._disk_used + size <= self.disk_bytes:
-            self._disk_used += size
-            return
-        saved = sum(_sizes(self.folder / SAVED).values())
-        if for_good and saved + size > self.disk_bytes:
-            raise _no_room("disk")
-        cached = _sizes(self.folder / CACHE)
-        total = saved + sum(cached.values()) + size
-        for path in sorted(cached, key=_last_used):
-            if total <= self.disk_bytes:
-                break
-            with contextlib.suppress(OSError):
-                path.unlink()
-            with self._lock:
-                self._on_disk.pop(path.name.removesuffix(SUFFIX), None)
-            total -= cached[path]
-        self._disk_used, self._measured = total, now
-        if total > self.disk_bytes:
-            raise _no_room("disk")
+
+def _metadata(head: bytes, fingerprint: str) -> dict[str, str]:
+    """Of a safetensors file of this model that begins so. Raises: CheckpointError."""
+    size = int.from_bytes(head[:8], "little")
+    try:
+        found: dict[str, str] = json.loads(head[8 : 8 + size])["__metadata__"]
+        if found["fingerprint"] == fingerprint:
+            return found
+    except (KeyError, TypeError, ValueError, RecursionError):
+        pass
+    raise CheckpointError("it is not a state of this model")
 
 
 def describe(kept: Kept, fingerprint: str) -> dict[str, Any]:
@@ -530,35 +451,3 @@ def _unknown(state_id: str) -> RequestError:
         param="state",
         code="state_not_found",
     )
-
-
-def _no_room(where: str) -> RequestError:
-    return RequestError(
-        f"no room on the {where} for one more saved state; delete some, or raise the budget",
-        status=507,
-        code="insufficient_storage",
-    )
-
-
-def _sizes(folder: Path) -> dict[Path, int]:
-    found = {}
-    for entry in os.scandir(folder):
-        with contextlib.suppress(OSError):
-            if entry.name.endswith(SUFFIX):
-                found[Path(entry.path)] = entry.stat().st_size
-    return found
-
-
-def _last_used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -14,10 +14,10 @@ from starlette.routing import Route
 from spikelm.errors import RequestError
 from spikelm.sampling import SamplingParams
 from spikelm_serve import schema
-from spikelm_serve.api import Api, owner_of
+from spikelm_serve.api import Api
 from spikelm_serve.jobs import Done, Job
 from spikelm_serve.states import Kept, describe
-from spikelm_serve.transport import Endpoint, read_body
+from spikelm_serve.transport import Endpoint, owner_of, read_body
 
 FILE_TYPE = "application/octet-stream"
 

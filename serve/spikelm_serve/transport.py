@@ -27,6 +27,8 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 OPEN_PATHS = frozenset({"/", "/health", "/ready", *(f"/static/{name}" for name in KINDS)})
 """What needs no key."""
 RETRY_SECONDS = 1
+PING_SECONDS = 15
+"""Between comments in a stream that is silent otherwise."""
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,12 @@ def _key(headers: dict[bytes, bytes]) -> str | None:
         return key.strip()
     given = headers.get(b"x-api-key")
     return None if given is None else given.decode("latin-1")
+
+
+def owner_of(request: Request) -> str:
+    """The name of the key that a request came with, "" where none is needed."""
+    owner: str = request.scope.get("spikelm.owner", "")
+    return owner
 
 
 def guarded(endpoint: Endpoint, metrics: Metrics) -> Endpoint:

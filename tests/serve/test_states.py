@@ -21,8 +21,9 @@ from safetensors.torch import save
 
 from spikelm.errors import ConfigError, RequestError
 from spikelm.state import State
-from spikelm_serve import states
-from spikelm_serve.states import CACHE, SAVED, Kept, StateStore, describe
+from spikelm_serve import shelf
+from spikelm_serve.shelf import CACHE, SAVED, Folder
+from spikelm_serve.states import Kept, StateStore, describe
 
 Make = Callable[..., StateStore]
 VOCAB = 300
@@ -32,7 +33,7 @@ KILLS = int(os.environ.get("SPIKELM_KILLS", "6"))
 
 @pytest.fixture(autouse=True)
 def _looking_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(shelf, "LOOK_SECONDS", 0.0)
 
 
 def state(value: float = 0.0) -> State:
@@ -42,8 +43,8 @@ def state(value: float = 0.0) -> State:
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     def store(**options: Any) -> StateStore:
-        folder = tmp_path / "states" if options.pop("disk", True) else None
-        return StateStore("model", state(), VOCAB, folder=folder, **options)
+        disk = Folder(tmp_path / "states") if options.pop("disk", True) else None
+        return StateStore("model", state(), VOCAB, shelf=disk, **options)
 
     return store
 
@@ -140,6 +141,7 @@ def test_a_state_is_the_one_that_was_there_first(make: Make, evicted: bool) -> N
     store.save(first.id, "")
     if evicted:
         store = make(memory_bytes=1)
+        assert find(store, [9]) == (0, "no_prefix")
     again = store.keep(kept(store, [1, 2]))
     assert (again.created, again.saved) == (1, True)
     assert describe(store.get(first.id, ""), "model") == describe(again, "model")
@@ -164,7 +166,8 @@ def test_the_disk_has_a_budget(make: Make, tmp_path: Path) -> None:
     store = make()
     one = kept(store, [1])
     size = len(one.pack("model"))
-    store.disk_bytes = 4 * size
+    assert store.shelf is not None
+    store.shelf.max_bytes = 4 * size
     store.keep(one)
     store.flush()
     store.save(one.id, "")
@@ -273,8 +276,7 @@ def test_files_that_are_not_right_are_refused(make: Make, tmp_path: Path) -> Non
         assert (refused.value.status, refused.value.code) == (400, "state_refused"), name
         assert str(tmp_path) not in str(refused.value), name
     assert store.num_kept == before
-    folder = make().folder
-    assert folder is not None
+    folder = tmp_path / "states"
     store = make()
     for _, bad in damaged(data):
         (folder / CACHE / f"{one.id}.safetensors").write_bytes(bad)
@@ -307,10 +309,10 @@ def test_names_that_are_none(make: Make, name: str) -> None:
 def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot keep states in"):
-        StateStore("model", folder=tmp_path / "file" / "states")
+        Folder(tmp_path / "file" / "states")
 
 
-def test_a_disk_that_is_full(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = make()
     one = kept(store, [1])
 
@@ -325,9 +327,7 @@ def test_a_disk_that_is_full(make: Make, monkeypatch: pytest.MonkeyPatch) -> Non
     assert failed.value.status == 507
     assert find(store, [1]) == (1, None)
     assert not store.get(one.id, "").saved
-    folder = store.folder
-    assert folder is not None
-    assert list((folder / SAVED).iterdir()) == []
+    assert list((tmp_path / "states" / SAVED).iterdir()) == []
 
 
 SAVING = """
@@ -335,9 +335,10 @@ import sys, itertools
 import numpy as np, torch
 from pathlib import Path
 from spikelm.state import State
+from spikelm_serve.shelf import Folder
 from spikelm_serve.states import Kept, StateStore
 S = torch.zeros(1, 64, 64, 16)
-store = StateStore("model", State(({"S": S},), torch.tensor([1])), folder=Path(sys.argv[1]))
+store = StateStore("model", State(({"S": S},), torch.tensor([1])), shelf=Folder(Path(sys.argv[1])))
 print("ready", flush=True)
 for i in itertools.count():
     chain = store.chain(store.root(""), [i])
@@ -359,7 +360,7 @@ def test_killed_while_saving_nothing_that_was_acknowledged_is_lost(tmp_path: Pat
             time.sleep(0.02 + 0.013 * (attempt % 20))
             process.send_signal(signal.SIGKILL)
             told = [int(line) for line in process.stdout.read().split()]
-        store = StateStore("model", like, folder=folder)
+        store = StateStore("model", like, shelf=Folder(folder))
         for i in told:
             found = store.get(store.chain(store.root(""), [i])[0], "")
             assert bool((found.state.layers[0]["S"] == i).all())

@@ -14,6 +14,7 @@ from safetensors.torch import load as load_tensors
 
 from spikelm.generate import Engine
 from spikelm_serve.keys import Keys, make
+from spikelm_serve.shelf import Folder
 from spikelm_serve.states import StateStore
 
 Serve = Callable[..., httpx.Client]
@@ -24,7 +25,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 def open_store(coded_engine: Engine, tmp_path: Path) -> Callable[..., StateStore]:
     def store(**options: Any) -> StateStore:
         like = coded_engine.model.initial_state(1)
-        return StateStore("model", like, folder=tmp_path / "states", **options)
+        return StateStore("model", like, shelf=Folder(tmp_path / "states"), **options)
 
     return store
 
@@ -93,7 +94,7 @@ def test_a_conversation_survives_a_restart(
     assert cached(found) == first["state"]["tokens"]
     assert found["choices"] == expected["choices"]
     # Another model's states are not seen.
-    stranger = StateStore("other", coded_engine.model.initial_state(1), folder=store.folder)
+    stranger = StateStore("other", coded_engine.model.initial_state(1), shelf=store.shelf)
     third = serve(coded_engine, store=stranger)
     assert cached(say(third, talk)) == 0
     refused = third.post(
