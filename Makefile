@@ -44,8 +44,11 @@ types: install ## mypy, strict
 imports: install ## imports point down, and optional packages stay where they belong
 	@$(BIN)/lint-imports
 
+# A file's tests stay in one process: they share what they set up.
+WORKERS := -n logical --maxprocesses 4 --dist loadfile
+
 unit: $(TEST_STAMP) ## the tests; warnings are errors
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q $(WORKERS)
 
 TESTED := $(wildcard native/matrix*.cpp) $(addprefix native/,memory.cpp outputs.cpp pool.cpp rows.cpp)
 

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jinja2 import meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -40,6 +41,9 @@ class _Environment(ImmutableSandboxedEnvironment):
 class ChatTemplate:
     """A compiled template. Raises: CheckpointError if it is not valid jinja."""
 
+    source: str
+    declares_tools: bool
+    """Whether it writes the tools that it is given."""
     stop: tuple[str, ...]
     """Strings that end an answer, besides the end-of-document token."""
 
@@ -53,10 +57,12 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _now
         try:
             self._template = environment.from_string(source)
+            names = meta.find_undeclared_variables(environment.parse(source))
         except Exception as error:  # noqa: BLE001  (compiling one can raise anything)
             raise CheckpointError(f"the chat template is not valid: {error}") from None
+        self.source, self.declares_tools = source, "tools" in names
         # Names that templates of other models test, as transformers gives them.
-        self._names: dict[str, Any] = {"tools": None, "documents": None}
+        self._names: dict[str, Any] = {"documents": None}
         own = {"bos_token": EOS, "eos_token": EOS}
         self._names |= own if tokenizer is None else tokenizer.special_tokens
         self._tokenizer = tokenizer
@@ -78,19 +84,25 @@ class ChatTemplate:
             raise CheckpointError(f"cannot use {path}: {error}") from None
 
     def render(
-        self, messages: Iterable[Mapping[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The conversation as text, to be read by `Tokenizer.encode(special=True)`.
 
-        A special token in a message stays text: it is marked, see `Tokenizer.as_text`.
+        Messages may have `tool_calls`, and `tools` be given, as OpenAI writes them. A special token
+        in a message or a tool stays text: it is marked, see `Tokenizer.as_text`.
         Raises: RequestError if the template refuses the conversation.
         """
         pieces: list[str] = []
         size = 0
         try:
             for piece in self._template.generate(
-                messages=[self._marked(message) for message in messages],
+                messages=[self._marked(_with_old_role(message)) for message in messages],
                 add_generation_prompt=add_generation_prompt,
+                tools=self._marked(tools),
                 **self._names,
             ):
                 pieces.append(piece)
@@ -135,14 +147,19 @@ class ChatTemplate:
         ids = set() if tokenizer is None else set(tokenizer.encode(answer, special=True))
         return bool(self.stop) or (tokenizer is not None and bool(ids & tokenizer.stop_ids))
 
-    def _marked(self, message: Mapping[str, str]) -> dict[str, str]:
-        given = dict(message)
-        if given["role"] == "developer":
-            # OpenAI renamed the role; templates know the old name.
-            given["role"] = "system"
-        if self._tokenizer is None:
-            return given
-        return {key: self._tokenizer.as_text(value) for key, value in given.items()}
+    def _marked(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return value if self._tokenizer is None else self._tokenizer.as_text(value)
+        if isinstance(value, Mapping):
+            return {self._marked(key): self._marked(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._marked(item) for item in value]
+        return value
+
+
+def _with_old_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """OpenAI renamed the role; templates know the old name."""
+    return {**message, "role": "system"} if message["role"] == "developer" else message
 
 
 def _raise(message: str) -> NoReturn:

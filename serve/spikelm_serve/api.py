@@ -24,6 +24,7 @@ from spikelm_serve.prompts import Prompt, Prompts
 from spikelm_serve.scheduler import Scheduler, incident
 from spikelm_serve.states import Kept, StateStore, describe
 from spikelm_serve.streams import Streams
+from spikelm_serve.tools import Tools, reads_calls
 from spikelm_serve.transport import PING_SECONDS, owner_of, read_body
 from spikelm_serve.wire import Echo, Json, Wire, error_body, event
 
@@ -69,6 +70,7 @@ class Api:
             "owned_by": "spikelm",
             "fingerprint": store.fingerprint,
             "batch_invariant": engine.is_batch_invariant,
+            "tools": reads_calls(template),
         }
 
     async def health(self, request: Request) -> Response:
@@ -250,7 +252,8 @@ class Api:
         options = request.options
         self.check_model(options.model)
         start, root = self.beginning(options, owner)
-        prompt = self.prompts.chat(schema.as_dicts(request.messages), start, root)
+        messages, tools = schema.as_dicts(request.messages), request.tools
+        prompt = self.prompts.chat(messages, start, root, tools)
         wire = Wire(
             self.name,
             self.tokenizer,
@@ -258,8 +261,9 @@ class Api:
             n=options.n,
             include_usage=options.include_usage,
             logprobs=options.num_top is not None,
+            tools=tools,
         )
-        job = self.job(prompt, options, outbox, 0, owner, start, chat=True)
+        job = self.job(prompt, options, outbox, 0, owner, start, chat=True, tools=tools)
         return Ask(options, [job], wire)
 
     def beginning(self, options: schema.Options, owner: str) -> tuple[Kept | None, str]:
@@ -282,6 +286,7 @@ class Api:
         *,
         chat: bool = False,
         scores: bool = False,
+        tools: Tools | None = None,
     ) -> Job:
         """The work for one prompt of a request."""
         late = options.deadline_ms
@@ -301,7 +306,7 @@ class Api:
             trim=chat and options.form is None,
             num_top=options.num_top,
             scores=scores,
-            constraint=self._constraint(options.form),
+            constraint=self._constraint(options.form, tools),
             borders=prompt.borders,
             ending=prompt.ending,
             reuses=not options.state.no_cache,
@@ -310,11 +315,17 @@ class Api:
             progress=options.progress and options.stream,
         )
 
-    def _constraint(self, form: schema.Form | None) -> Callable[[], Constraint] | None:
-        if form is None:
+    def _constraint(
+        self, form: schema.Form | None, tools: Tools | None
+    ) -> Callable[[], Constraint] | None:
+        must = tools is not None and bool(tools.must)
+        if form is None and not must:
             return None
         if self._forms is None:
             self._forms = Forms(self.tokenizer)
+        if form is None:
+            assert tools is not None
+            return self._forms.call(tools)
         made: Any = getattr(self._forms, form.kind)(form.value)
         found: Callable[[], Constraint] = made
         return found

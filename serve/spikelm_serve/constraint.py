@@ -15,9 +15,14 @@ from torch import Tensor
 
 from spikelm.errors import RequestError
 from spikelm.tokenizer import Tokenizer
+from spikelm_serve.tools import CLOSE, OPEN, Tools, schema_of
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 32
+
+
+# A small model that may write white space anywhere writes nothing else.
+_COMPACT: Any = {"whitespace_flexible": False}
 
 
 class Forms:
@@ -34,20 +39,19 @@ class Forms:
 
     def json(self, schema: Any) -> Callable[[], Form]:
         """Values that a JSON schema allows. Raises: RequestError for one that is not served."""
-        text = json.dumps(schema)
-        if len(text.encode()) > MAX_SCHEMA_BYTES or _depth(schema) > MAX_SCHEMA_DEPTH:
-            raise RequestError(
-                f"the schema is larger than {MAX_SCHEMA_BYTES} bytes or deeper than "
-                f"{MAX_SCHEMA_DEPTH}",
-                param="response_format",
-            )
-        # A small model that may write white space anywhere writes nothing else.
+        text = _text(schema, "response_format")
         return self._form(
-            lambda: LLMatcher.grammar_from_json_schema(
-                text, overrides={"whitespace_flexible": False}
-            ),
-            "response_format",
+            lambda: LLMatcher.grammar_from_json_schema(text, overrides=_COMPACT), "response_format"
         )
+
+    def call(self, tools: Tools) -> Callable[[], Form]:
+        """A call of one of the tools that must be. Raises: RequestError for a schema that is not
+        served.
+        """
+        # The same, for the part of a grammar.
+        schema = {**schema_of(tools), "x-guidance": _COMPACT}
+        lark = f'start: "{OPEN}\\n" call "\\n{CLOSE}"\ncall: %json {_text(schema, "tools")}'
+        return self._form(lambda: LLMatcher.grammar_from_lark(lark), "tools")
 
     def regex(self, pattern: str) -> Callable[[], Form]:
         """Texts that match as a whole. Raises: RequestError for a pattern that is not served."""
@@ -116,6 +120,16 @@ class _Words:
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
+
+
+def _text(schema: Any, param: str) -> str:
+    text = json.dumps(schema)
+    if len(text.encode()) > MAX_SCHEMA_BYTES or _depth(schema) > MAX_SCHEMA_DEPTH:
+        raise RequestError(
+            f"the schema is larger than {MAX_SCHEMA_BYTES} bytes or deeper than {MAX_SCHEMA_DEPTH}",
+            param=param,
+        )
+    return text
 
 
 def _depth(value: Any) -> int:

@@ -7,19 +7,23 @@ wrote is the same text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from spikelm.errors import RequestError
 from spikelm.generate import prompt_ids
 from spikelm.template import ChatTemplate
 from spikelm.tokenizer import Tokenizer
 from spikelm_serve.states import Kept, StateStore
+from spikelm_serve.strict_json import Json
+from spikelm_serve.tools import Tools, check_template, read_answer
 
 BORDERS = 4
 """Message borders of a prompt at which the state is kept, the last ones."""
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 Ending = Callable[[str], tuple[Sequence[int], Sequence[str], int]]
 
 
@@ -52,14 +56,21 @@ class Prompts:
             ids = [*self._tokenizer.prompt_prefix] or [self._tokenizer.bos_id]
         return Prompt(ids, self._store.chain(start.id if start else root, ids), {}, None)
 
-    def chat(self, messages: Messages, start: Kept | None, root: str) -> Prompt:
+    def chat(
+        self, messages: Messages, start: Kept | None, root: str, tools: Tools | None = None
+    ) -> Prompt:
         """Of a conversation, or of more messages of one.
 
         Raises: RequestError if the template refuses it, or `start` is not the end of a message.
         """
+        offered = None
+        if tools is not None:
+            check_template(self._template)
+            offered = [tool.as_json() for tool in tools.tools]
+        render = partial(self._template.render, tools=offered)
         before = _before(start) if start is not None else []
-        known = self._template.render(before, add_generation_prompt=False) if before else ""
-        whole = self._template.render([*before, *messages])
+        known = render(before, add_generation_prompt=False) if before else ""
+        whole = render([*before, *messages])
         if not whole.startswith(known):
             raise RequestError(
                 "this model's chat template changes what came before when a message is added; "
@@ -76,7 +87,7 @@ class Prompts:
         count = start.messages or 0 if start else 0
         borders: dict[int, tuple[int | None, str | None]] = {}
         for number in range(len(messages), max(0, len(messages) - BORDERS), -1):
-            part = self._before_prompt([*before, *messages[:number]])
+            part = _before_prompt(render, [*before, *messages[:number]])
             behind = self._encode(whole[len(part) :]) if part and whole.startswith(part) else None
             if behind is None or list(ids[len(ids) - len(behind) :]) != behind:
                 break
@@ -84,8 +95,11 @@ class Prompts:
             borders[at] = (count + number, messages[number - 1]["role"])
 
         def ending(said: str) -> tuple[Sequence[int], Sequence[str], int]:
-            answer = {"role": "assistant", "content": said}
-            after = self._before_prompt([*before, *messages, answer])
+            text, calls = read_answer(said, tools)
+            answer: Json = {"role": "assistant", "content": text}
+            if calls:
+                answer["tool_calls"] = [call.for_template() for call in calls]
+            after = _before_prompt(render, [*before, *messages, answer])
             if not after.startswith(whole):
                 return (), (), 0
             more = self._encode(after[len(whole) :])
@@ -95,17 +109,18 @@ class Prompts:
 
         return Prompt(ids, chain, borders, ending)
 
-    def _before_prompt(self, messages: Messages) -> str:
-        """The conversation as it is kept, "" if the template refuses it: some want a user's turn at
-        the end of what they write, and the answer must not fail for it.
-        """
-        try:
-            return self._template.render(messages, add_generation_prompt=False)
-        except RequestError:
-            return ""
-
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, special=True, continues=True) if text else []
+
+
+def _before_prompt(render: Callable[..., str], messages: Messages) -> str:
+    """The conversation as it is kept, "" if the template refuses it: some want a user's turn at the
+    end of what they write, and the answer must not fail for it.
+    """
+    try:
+        return render(messages, add_generation_prompt=False)
+    except RequestError:
+        return ""
 
 
 def _before(start: Kept) -> Messages:

@@ -25,6 +25,7 @@ from spikelm_serve.jobs import Done, Event, Failed, Job, Text
 from spikelm_serve.outbox import Outbox, joined
 from spikelm_serve.scheduler import incident
 from spikelm_serve.states import describe
+from spikelm_serve.tools import CallReader, ToolCall, Tools, read_answer
 from spikelm_serve.transport import PING_SECONDS, owner_of, read_body
 from spikelm_serve.wire import Json, costs, error_body, usage
 
@@ -72,8 +73,10 @@ class Responses:
             state = replace(options.state, start=_state_id(before))
             options = replace(options, state=state)
         start, root = api.beginning(options, owner)
-        prompt = api.prompts.chat(schema.as_dicts(request.messages), start, root)
-        job = api.job(prompt, options, outbox, 0, owner, start, chat=True)
+        messages, tools = schema.as_dicts(request.messages), request.tools
+        prompt = api.prompts.chat(messages, start, root, tools)
+        job = api.job(prompt, options, outbox, 0, owner, start, chat=True, tools=tools)
+        offered = [] if tools is None else list(tools.tools)
         return Ask(
             request,
             job,
@@ -89,9 +92,9 @@ class Responses:
                 "max_output_tokens": options.params.max_tokens,
                 "store": request.store,
                 "metadata": request.metadata,
-                "parallel_tool_calls": False,
-                "tool_choice": "none",
-                "tools": [],
+                "parallel_tool_calls": tools is not None and tools.parallel,
+                "tool_choice": _choice(tools),
+                "tools": [{"type": "function", **tool.as_json()["function"]} for tool in offered],
                 "error": None,
                 "incomplete_details": None,
             },
@@ -102,9 +105,12 @@ class Responses:
         text = "".join(event.text for event in events if isinstance(event, Text))
         reasons = [event.finish_reason for event in events if isinstance(event, Text)]
         done = next(event for event in events if isinstance(event, Done))
-        return await self._ended(ask, text, reasons[-1], done)
+        text, calls = read_answer(text, ask.request.tools)
+        items = [_message(ask, text, "completed")] if text or not calls else []
+        items += [_call(call, "completed") for call in calls]
+        return await self._ended(ask, items, reasons[-1], done)
 
-    async def _ended(self, ask: Ask, text: str, reason: str | None, done: Done) -> Json:
+    async def _ended(self, ask: Ask, items: list[Json], reason: str | None, done: Done) -> Json:
         status = "incomplete" if reason == "length" else "completed"
         why = {"reason": "max_output_tokens"} if reason == "length" else None
         tokens = usage([done.totals])
@@ -113,7 +119,7 @@ class Responses:
             **ask.body,
             "status": status,
             "incomplete_details": why,
-            "output": [_message(ask, text, status)],
+            "output": [{**item, "status": status} for item in items],
             "usage": {
                 "input_tokens": tokens["prompt_tokens"],
                 "input_tokens_details": tokens["prompt_tokens_details"],
@@ -137,26 +143,14 @@ class Responses:
         return describe(kept, store.fingerprint)
 
     async def _stream(self, ask: Ask, outbox: Outbox) -> AsyncGenerator[bytes, None]:
-        numbers = iter(range(1 << 62))
-
-        def told(kind: str, **fields: Any) -> bytes:
-            data = {"type": kind, "sequence_number": next(numbers), **fields}
-            return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
-
-        place = {"item_id": ask.message_id, "output_index": 0, "content_index": 0}
+        told = _Teller()
         opening = {**ask.body, "status": "in_progress", "output": []}
-        item = {**_message(ask, "", "in_progress"), "content": []}
-        text, reason = "", None
+        answer = _Output(ask, told)
         try:
-            yield b"".join(
-                (
-                    told("response.created", response=opening),
-                    told("response.in_progress", response=opening),
-                    told("response.output_item.added", output_index=0, item=item),
-                    told("response.content_part.added", **place, part=_part("")),
-                )
+            yield told("response.created", response=opening) + told(
+                "response.in_progress", response=opening
             )
-            ended = False
+            reason, ended = None, False
             while not ended:
                 events = joined(await outbox.take(PING_SECONDS))
                 data = b"" if events else b": ping\n\n"
@@ -164,16 +158,12 @@ class Responses:
                     if isinstance(event, Failed):
                         raise event.error
                     if isinstance(event, Text):
-                        text, reason = text + event.text, event.finish_reason
-                        if event.text:
-                            data += told("response.output_text.delta", **place, delta=event.text)
+                        reason = event.finish_reason
+                        data += answer.push(event.text)
                     if isinstance(event, Done):
                         ended = True
-                        whole = await self._ended(ask, text, reason, event)
-                        data += told("response.output_text.done", **place, text=text)
-                        data += told("response.content_part.done", **place, part=_part(text))
-                        [output] = whole["output"]
-                        data += told("response.output_item.done", output_index=0, item=output)
+                        data += answer.end()
+                        whole = await self._ended(ask, answer.items, reason, event)
                         data += told(f"response.{whole['status']}", response=whole)
                 if data:
                     yield data
@@ -185,9 +175,108 @@ class Responses:
             self._api.scheduler.cancel([ask.job])
 
 
+class _Teller:
+    """Events with their numbers."""
+
+    def __init__(self) -> None:
+        self._number = -1
+
+    def __call__(self, kind: str, **fields: Any) -> bytes:
+        self._number += 1
+        data = {"type": kind, "sequence_number": self._number, **fields}
+        return f"event: {kind}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+
+class _Output:
+    """An answer as output items, told as they come: a message, and calls of tools."""
+
+    def __init__(self, ask: Ask, told: _Teller) -> None:
+        self.items: list[Json] = []
+        """Those that are complete."""
+        self._ask, self._told = ask, told
+        self._reader = None if ask.request.tools is None else CallReader(ask.request.tools)
+        self._text: str | None = None
+        """Of a message that has begun."""
+
+    def push(self, text: str) -> bytes:
+        if self._reader is None:
+            return self._say(text)
+        text, calls = self._reader.push(text)
+        return self._say(text) + b"".join(map(self._call, calls))
+
+    def end(self) -> bytes:
+        """What was held back, and the end of the message."""
+        data = self._say(self._reader.end()) if self._reader else b""
+        if self._text is None and not self.items:
+            data += self._begin()
+        return data + self._finish()
+
+    def _place(self) -> Json:
+        return {
+            "item_id": self._ask.message_id,
+            "output_index": len(self.items),
+            "content_index": 0,
+        }
+
+    def _begin(self) -> bytes:
+        self._text = ""
+        item = {**_message(self._ask, "", "in_progress"), "content": []}
+        opened = self._told("response.output_item.added", output_index=len(self.items), item=item)
+        return opened + self._told("response.content_part.added", **self._place(), part=_part(""))
+
+    def _say(self, text: str) -> bytes:
+        if not text:
+            return b""
+        data = self._begin() if self._text is None else b""
+        self._text = (self._text or "") + text
+        return data + self._told("response.output_text.delta", **self._place(), delta=text)
+
+    def _finish(self) -> bytes:
+        if self._text is None:
+            return b""
+        text, place = self._text, self._place()
+        item = _message(self._ask, text, "completed")
+        data = self._told("response.output_text.done", **place, text=text)
+        data += self._told("response.content_part.done", **place, part=_part(text))
+        data += self._told("response.output_item.done", output_index=len(self.items), item=item)
+        self.items.append(item)
+        self._text = None
+        return data
+
+    def _call(self, call: ToolCall) -> bytes:
+        data = self._finish()
+        item, index = _call(call, "completed"), len(self.items)
+        place = {"item_id": item["id"], "output_index": index}
+        begun = {**item, "status": "in_progress", "arguments": ""}
+        data += self._told("response.output_item.added", output_index=index, item=begun)
+        for kind, name in (("delta", "delta"), ("done", "arguments")):
+            more = {name: call.arguments}
+            data += self._told(f"response.function_call_arguments.{kind}", **place, **more)
+        data += self._told("response.output_item.done", output_index=index, item=item)
+        self.items.append(item)
+        return data
+
+
 def _state_id(response_id: str) -> str:
     """The state of a response; a name that is none if the response has none."""
     return f"st_{response_id.removeprefix('resp_')}" if response_id.startswith("resp_") else ""
+
+
+def _choice(tools: Tools | None) -> str:
+    if tools is None:
+        return "none"
+    return "required" if tools.must else "auto"
+
+
+def _call(call: ToolCall, status: str) -> Json:
+    return {
+        "id": f"fc_{call.id.removeprefix('call_')}",
+        "type": "function_call",
+        "status": status,
+        "call_id": call.id,
+        "name": call.name,
+        "arguments": call.arguments,
+    }
 
 
 def _message(ask: Ask, text: str, status: str) -> Json:

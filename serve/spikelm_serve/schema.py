@@ -6,15 +6,17 @@ nobody knows is ignored, as OpenAI's clients expect. Every refusal is a RequestE
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from spikelm.corpus import ROLES
 from spikelm.errors import RequestError
 from spikelm.sampling import SamplingParams
 from spikelm_serve.strict_json import Json, parse_object
+from spikelm_serve.tools import Tool, ToolCall, Tools
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 16
@@ -29,6 +31,7 @@ MAX_DEADLINE_MS = 24 * 3600 * 1000
 MAX_NAME = 200
 MAX_PATTERN = 10_000
 MAX_ALTERNATIVES = 1024
+MAX_TOOLS = 64
 
 # OpenAI's own default for completions; a chat answer usually ends by itself.
 COMPLETION_TOKENS = 16
@@ -47,16 +50,16 @@ _NUMBERS = (
 # Fields of the OpenAI API that are not served, with the values that ask for nothing.
 _NOT_SERVED: dict[str, tuple[object, ...]] = {
     "audio": (),
+    "background": (False,),
     "best_of": (1,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
     "prediction": (),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "web_search_options": (),
 }
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +134,19 @@ class Message:
 
     role: str
     content: str
+    calls: tuple[ToolCall, ...] = ()
+    """What an assistant asked for."""
+    call_id: str | None = None
+    """The call that a tool's message answers."""
+
+    def as_json(self) -> Json:
+        """As templates take it: arguments are objects to them."""
+        found: Json = {"role": self.role, "content": self.content}
+        if self.calls:
+            found["tool_calls"] = [call.for_template() for call in self.calls]
+        if self.call_id is not None:
+            found["tool_call_id"] = self.call_id
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,11 +155,16 @@ class ChatRequest:
 
     options: Options
     messages: tuple[Message, ...]
+    tools: Tools | None
+    """None: without any."""
 
 
 def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
     """Raises: RequestError naming the field."""
     fields = parse_object(body)
+    for name in ("tools", "tool_choice"):
+        if fields.get(name) not in (None, [], "none", "auto"):
+            raise RequestError(f"{name} is for chats; leave it out", param=name)
     prompt = fields.get("prompt")
     options = _options(fields, COMPLETION_TOKENS, vocab_size, _completion_logprobs(fields))
     if prompt is None and options.state.start is None:
@@ -161,6 +182,7 @@ def parse_chat(body: bytes, vocab_size: int) -> ChatRequest:
     return ChatRequest(
         options=_options(fields, CHAT_TOKENS, vocab_size, _chat_logprobs(fields)),
         messages=_messages(fields.get("messages")),
+        tools=_tools(fields),
     )
 
 
@@ -170,6 +192,7 @@ class ResponseRequest:
 
     options: Options
     messages: tuple[Message, ...]
+    tools: Tools | None
     instructions: str | None
     previous_response_id: str | None
     store: bool
@@ -181,7 +204,7 @@ class TokenizeRequest:
     """POST /tokenize."""
 
     text: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Json, ...]
     special: bool
     """Special tokens in the text are read as such."""
 
@@ -208,7 +231,7 @@ def parse_response(body: bytes, vocab_size: int) -> ResponseRequest:
         given = [{"role": "user", "content": given}]
     if not isinstance(given, list) or not 1 <= len(given) <= MAX_MESSAGES:
         _refuse("input", given, f"a string, or a list of 1 to {MAX_MESSAGES} messages")
-    messages = tuple(_message(item, f"input[{i}]") for i, item in enumerate(given))
+    messages = tuple(_item(item, f"input[{i}]") for i, item in enumerate(given))
     if instructions:
         messages = (Message(role="system", content=instructions), *messages)
     # The names that chats have for the same.
@@ -225,6 +248,7 @@ def parse_response(body: bytes, vocab_size: int) -> ResponseRequest:
     return ResponseRequest(
         options=_options({**fields, **named}, CHAT_TOKENS, vocab_size, None),
         messages=messages,
+        tools=_tools(fields, flat=True),
         instructions=instructions,
         previous_response_id=_text(fields, "previous_response_id", default="") or None,
         store=fields.get("store") is None or _flag(fields, "store"),
@@ -272,9 +296,9 @@ def parse_rewind(body: bytes) -> RewindRequest:
     return found
 
 
-def as_dicts(messages: Iterable[Message]) -> list[dict[str, str]]:
+def as_dicts(messages: Iterable[Message]) -> list[Json]:
     """As templates take them."""
-    return [{"role": message.role, "content": message.content} for message in messages]
+    return [message.as_json() for message in messages]
 
 
 def _messages(value: object) -> tuple[Message, ...]:
@@ -476,13 +500,100 @@ def _message(value: object, where: str) -> Message:
     role, content = value.get("role"), value.get("content")
     if role not in ROLES:
         _refuse(f"{where}.role", role, ", ".join(ROLES))
+    calls: tuple[ToolCall, ...] = ()
     if value.get("tool_calls"):
-        raise RequestError(f"{where}.tool_calls is not supported", param=f"{where}.tool_calls")
+        if role != "assistant":
+            _refuse(f"{where}.tool_calls", role, "only in an assistant's message")
+        calls = _calls(value["tool_calls"], f"{where}.tool_calls")
+        content = "" if content is None else content
+    call_id = _text(value, "tool_call_id", default="") or None
     if isinstance(content, list):
         content = "".join(_part(p, f"{where}.content[{i}]") for i, p in enumerate(content))
     if not isinstance(content, str):
         _refuse(f"{where}.content", content, "a string or a list of text parts")
-    return Message(role=role, content=content)
+    return Message(role=role, content=content, calls=calls, call_id=call_id)
+
+
+def _item(value: object, where: str) -> Message:
+    """What /v1/responses takes for a message."""
+    if not isinstance(value, dict):
+        _refuse(where, value, "an object")
+    kind = value.get("type")
+    if kind == "function_call":
+        calls = _calls([{"function": value, "id": value.get("call_id")}], where)
+        return Message(role="assistant", content="", calls=calls)
+    if kind == "function_call_output":
+        value = {**value, "role": "tool", "content": value.get("output")}
+        return replace(_message(value, where), call_id=_text(value, "call_id", default="") or None)
+    return _message(value, where)
+
+
+def _calls(value: object, where: str) -> tuple[ToolCall, ...]:
+    if not isinstance(value, list) or len(value) > MAX_TOOLS:
+        _refuse(where, value, f"a list of up to {MAX_TOOLS} calls")
+    found = []
+    for i, item in enumerate(value):
+        about = item.get("function") if isinstance(item, dict) else None
+        if not isinstance(about, dict) or not isinstance(about.get("arguments"), str):
+            _refuse(f"{where}[{i}]", item, "a function with name, and arguments in a string")
+        call_id = _text(item, "id", default="")
+        name = _tool_name(about.get("name"), f"{where}[{i}].function.name")
+        found.append(ToolCall(name=name, arguments=about["arguments"], id=call_id))
+    return tuple(found)
+
+
+def _tools(fields: Json, *, flat: bool = False) -> Tools | None:
+    """`flat`: without an object `function` around what is said of one."""
+    given, choice = fields.get("tools"), fields.get("tool_choice")
+    choice = "auto" if choice is None else choice
+    if not given:
+        if given not in (None, []):
+            _refuse("tools", given, f"a list of up to {MAX_TOOLS} functions")
+        if choice not in ("none", "auto"):
+            _refuse("tool_choice", choice, "none or auto without tools")
+        return None
+    if not isinstance(given, list) or len(given) > MAX_TOOLS:
+        _refuse("tools", given, f"a list of up to {MAX_TOOLS} functions")
+    tools = tuple(_tool(item, f"tools[{i}]", flat=flat) for i, item in enumerate(given))
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        _refuse("tools", names, "each name once")
+    if choice == "none":
+        return None
+    must: tuple[str, ...] = tuple(names) if choice == "required" else ()
+    if isinstance(choice, dict):
+        about = choice if flat else choice.get("function")
+        name = about.get("name") if isinstance(about, dict) else None
+        must = (name,) if name in names else ()
+    if choice != "auto" and not must:
+        _refuse("tool_choice", choice, "none, auto, required, or a function that is in tools")
+    if must and _form(fields) is not None:
+        _refuse("tool_choice", choice, "none or auto beside a form of the answer")
+    parallel = fields.get("parallel_tool_calls") is None or _flag(fields, "parallel_tool_calls")
+    return Tools(tools=tools, must=must, parallel=parallel)
+
+
+def _tool(item: object, where: str, *, flat: bool) -> Tool:
+    about = item if flat or not isinstance(item, dict) else item.get("function")
+    if not isinstance(item, dict) or item.get("type") != "function" or not isinstance(about, dict):
+        _refuse(where, item, 'an object of type "function" with what the function is')
+    parameters = about.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        _refuse(f"{where}.parameters", parameters, "a JSON schema")
+    description = about.get("description")
+    if description is not None and not isinstance(description, str):
+        _refuse(f"{where}.description", description, "a string")
+    return Tool(
+        name=_tool_name(about.get("name"), f"{where}.name"),
+        description=description or "",
+        parameters=parameters or {"type": "object", "properties": {}},
+    )
+
+
+def _tool_name(value: object, where: str) -> str:
+    if not isinstance(value, str) or not _TOOL_NAME.fullmatch(value):
+        _refuse(where, value, "1 to 64 letters, digits, _ and -")
+    return value
 
 
 def _part(part: object, where: str) -> str:

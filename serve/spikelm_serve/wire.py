@@ -13,6 +13,7 @@ from spikelm.errors import RequestError
 from spikelm.sampling import Likelihood
 from spikelm.tokenizer import Tokenizer
 from spikelm_serve.jobs import Done, Event, Progress, Scored, Text, Totals
+from spikelm_serve.tools import CallReader, ToolCall, Tools, read_answer
 
 Json = dict[str, Any]
 
@@ -49,6 +50,7 @@ class Wire:
         include_usage: bool = False,
         logprobs: bool = False,
         echoes: Sequence[Echo] = (),
+        tools: Tools | None = None,
     ) -> None:
         self.chat = chat
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
@@ -60,6 +62,8 @@ class Wire:
         self._include_usage = include_usage
         self._logprobs = logprobs
         self._echoes = echoes
+        self._tools = tools
+        self._readers: dict[int, CallReader] = {}
         self._scores: dict[int, Sequence[Likelihood]] = {}
         self._opened: set[int] = set()
         self._offsets: dict[int, int] = {}
@@ -83,10 +87,15 @@ class Wire:
                     choice.logprobs.append(self._likelihoods(event))
         choices = []
         for index, choice in sorted(found.items()):
-            message = {"role": "assistant", "content": choice.text, "refusal": None}
-            content: Json = {"message": message} if self.chat else {"text": choice.text}
+            text, calls = read_answer(choice.text, self._tools)
+            message: Json = {"role": "assistant", "content": text, "refusal": None}
+            if calls:
+                told = [call.as_json() for call in calls]
+                message |= {"content": text or None, "tool_calls": told}
+            content: Json = {"message": message} if self.chat else {"text": text}
             logprobs = _joined(choice.logprobs) if self._logprobs else None
-            choices.append(_choice(index, content, choice.reason, logprobs))
+            reason = _reason(choice.reason, calls)
+            choices.append(_choice(index, content, reason, logprobs))
         return self._body(choices, "chat.completion") | self._account() | (extra or {})
 
     def chunks(self, job: int, event: Event, extra: Json | None = None) -> Iterator[Json]:
@@ -115,13 +124,24 @@ class Wire:
                 first = {"delta": {"role": "assistant", "content": ""}}
                 yield self._chunk(_choice(event.index, first, None, None))
         logprobs = self._likelihoods(event) if self._logprobs else None
-        text = opening + event.text
+        text, told = opening + event.text, 0
+        calls: list[ToolCall] = []
+        if self._tools is not None:
+            reader = self._readers.setdefault(event.index, CallReader(self._tools))
+            text, calls = reader.push(text)
+            text += reader.end() if event.finish_reason is not None else ""
+            told = len(reader.calls) - len(calls)
         if text or (logprobs and any(logprobs.values())):
             content: Json = {"delta": {"content": text}} if self.chat else {"text": text}
             yield self._chunk(_choice(event.index, content, None, logprobs))
+        for place, call in enumerate(calls):
+            content = {"delta": {"tool_calls": [{"index": told + place, **call.as_json()}]}}
+            yield self._chunk(_choice(event.index, content, None, None))
         if event.finish_reason is not None:
             content = {"delta": {}} if self.chat else {"text": ""}
-            self._reasons[event.index] = _choice(event.index, content, event.finish_reason, None)
+            made = self._readers[event.index].calls if self._tools else ()
+            reason = _reason(event.finish_reason, made)
+            self._reasons[event.index] = _choice(event.index, content, reason, None)
 
     def _last_chunks(self, job: int, extra: Json) -> Iterator[Json]:
         """Those with finish reasons. With the last job's, or behind it if there is a chunk for the
@@ -250,6 +270,10 @@ def _joined(parts: Sequence[Json]) -> Json:
         for key, value in part.items():
             found[key] = found.get(key, []) + value if isinstance(value, list) else value
     return found
+
+
+def _reason(reason: str | None, calls: Sequence[ToolCall]) -> str | None:
+    return "tool_calls" if calls and reason == "stop" else reason
 
 
 def _choice(index: int, content: Json, reason: str | None, logprobs: Json | None) -> Json:

@@ -265,7 +265,7 @@ def test_our_fields() -> None:
         ([*CHAT["messages"], {"role": "user", "content": 3}], "messages[1].content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]"),
         ([{"role": "user", "content": ["hi"]}], "messages[0].content[0]"),
-        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "messages[0].tool_calls[0]"),
     ],
 )
 def test_bad_messages_are_named(messages: Any, param: str) -> None:
