@@ -3,4 +3,4 @@
 
 #include "common.h"
 
-EXPORT int spikelm_abi() { return 10; }
+EXPORT int spikelm_abi() { return 11; }

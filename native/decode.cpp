@@ -96,6 +96,8 @@ struct Program {
     std::vector<std::size_t> waves;
     std::vector<std::int32_t> list_sizes;
     std::vector<std::int64_t> list_at;  // bytes from the start of a row's memory
+    std::vector<std::int64_t> bits_at;  // the same of what is told of a row: a bit for each neuron
+    std::int64_t row_bits = 0;          // bytes of all bits of a row
     std::int64_t arena = 0, list_bytes = 0;
     std::int64_t wanted = 0;   // outputs of the widest matrix that is read by output
     std::int64_t head = 0;     // the first of the operations that make the logits
@@ -1121,6 +1123,15 @@ void place_lists(Program& program) {
     }
 }
 
+// Marks the neurons that fired in a row's bits.
+void tell(const Program& program, const Op& op, const Row& row, std::uint8_t* bits) {
+    if (op.code != SPIKE) return;
+    const Events& events = row.lists[op.list];
+    bits += program.bits_at[op.list];
+    for (std::int64_t i = 0; i < events.fired; i++)
+        bits[events.index[i] / 8] |= static_cast<std::uint8_t>(1 << events.index[i] % 8);
+}
+
 constexpr std::int64_t DONE = -1, BAD_TOKEN = -2;
 
 }  // namespace
@@ -1139,6 +1150,10 @@ EXPORT void* spikelm_program_new(const Op* ops, std::int64_t num_ops, std::int64
         if (i == 0 || ops[i].wave != ops[i - 1].wave) program->waves.push_back(i);
     program->waves.push_back(num_ops);
     place_lists(*program);
+    for (std::int64_t l = 0; l < num_lists; l++) {
+        program->bits_at.push_back(program->row_bits);
+        program->row_bits += (std::abs(list_sizes[l]) + 7) / 8;
+    }
     return program;
 }
 
@@ -1149,14 +1164,16 @@ EXPORT void spikelm_program_free(void* program) { delete static_cast<Program*>(p
 // `positions` are those of the sequences, and go on. Logits up to `within` below the largest are exact, others
 // may be estimates. `counters` gets the silent and all entries that entered a matrix, and the bytes
 // of weights read for them, as if every row read its own; then the bytes of matrix-valued states that
-// were touched, and those of a dense update. Returns the operation that met a number that is not
+// were touched, and those of a dense update, all of each row. `fired`, if there is one, gets a bit for each neuron
+// of each list, those of a row after another, each list from a byte on. Returns the operation that met a number that is not
 // finite, DONE, or BAD_TOKEN if nothing was done because a token is none.
 EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, int sequence,
                                         const std::int64_t* tokens, std::int64_t* positions,
                                         char* const* state, const std::int64_t* num_slots,
                                         std::int64_t num_states, std::int64_t logits_at,
                                         std::int64_t num_logits, float within,
-                                        float* logits, std::int64_t* counters, int num_threads) {
+                                        float* logits, std::int64_t* counters,
+                                        std::uint8_t* fired, int num_threads) {
     auto& program = *static_cast<Program*>(handle);
     for (std::int64_t b = 0; b < rows; b++)
         if (tokens[b] < 0 || tokens[b] >= num_logits) return BAD_TOKEN;
@@ -1204,22 +1221,28 @@ EXPORT std::int64_t spikelm_program_run(void* handle, std::int64_t rows, int seq
             most += pieces(program.ops[i]) * rows;
         parallel(run_wave, &wave, static_cast<int>(std::min<std::int64_t>(most, num_threads)));
         if (program.broken >= 0) return program.broken;
+        // Now: the memory of the lists is used again.
+        if (fired)
+            for (std::int64_t b = 0; b < rows; b++)
+                for (std::size_t i = wave.begin; i < wave.end; i++)
+                    tell(program, program.ops[i], *program.rows[b], fired + b * program.row_bits);
     }
     for (std::int64_t b = 0; b < rows; b++) {
         Row& row = *program.rows[b];
         if (!sequence || b + 1 == rows)
             std::memcpy(logits + (sequence ? 0 : b) * num_logits, row.arena.get() + logits_at,
                         num_logits * sizeof(float));
+        std::int64_t* counts = counters + b * 5;
         for (const Op& op : program.ops)
-            counters[2] += bytes_read(op, row);
+            counts[2] += bytes_read(op, row);
         for (std::size_t l = 0; l < row.lists.size(); l++) {
             // A negative size marks spikes that enter no matrix.
             if (program.list_sizes[l] < 0 || row.lists[l].fired < 0) continue;
-            counters[0] += program.list_sizes[l] - row.lists[l].fired;
-            counters[1] += program.list_sizes[l];
+            counts[0] += program.list_sizes[l] - row.lists[l].fired;
+            counts[1] += program.list_sizes[l];
         }
-        counters[3] += row.touched;
-        counters[4] += row.dense;
+        counts[3] += row.touched;
+        counts[4] += row.dense;
     }
     for (std::int64_t b = 0; b < (sequence ? 1 : rows); b++)
         positions[b] += sequence ? rows : 1;

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from spikelm.checkpoint import Checkpoint
 from spikelm.config import WEIGHTLESS_CLASSES
-from spikelm.decoder import Program, native_program
+from spikelm.decoder import Counts, Program, Watch, native_program
 from spikelm.errors import DataError
 from spikelm.models.spikelm import LanguageModel, shared_losses
 from spikelm.neurons import Neuron, Spikes
@@ -88,7 +89,13 @@ class Engine:
 
     @torch.inference_mode()
     def step(
-        self, ids: Tensor, state: State, *, in_place: bool = False, within: float | None = None
+        self,
+        ids: Tensor,
+        state: State,
+        *,
+        in_place: bool = False,
+        within: float | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, State]:
         """One token for each of B sequences: ids [B] -> logits [B, N], and the state.
 
@@ -96,15 +103,16 @@ class Engine:
         where exact ones would have to read the whole head.
 
         `in_place` lets native code write into `state`, which whoever owns it may: copying a large
-        state takes longer than updating it.
+        state takes longer than updating it. `watch` gets what each sequence did.
         """
         vocabulary = self.tokenizer.vocab_size
         if self.program is None:
             ids = ids.to(self.model.device)
-            logits, state = self.model(ids[:, None], state, probe=self._count)
+            probe = partial(self._count, watch=watch)
+            logits, state = self.model(ids[:, None], state, probe=probe)
             return logits[:, -1, :vocabulary], state
         state = state if in_place else state.clone()
-        logits, counts = self.program.run(ids, state, within)
+        logits, counts = self.program.run(ids, state, within, watch)
         self._silent += counts.silent
         self._total += counts.total
         return logits[:, :vocabulary], state
@@ -118,23 +126,41 @@ class Engine:
 
     @torch.inference_mode()
     def step_each(
-        self, ids: Tensor, states: Sequence[State], *, within: float | None = None
+        self,
+        ids: Tensor,
+        states: Sequence[State],
+        *,
+        within: float | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, list[State]]:
         """One token for each of B states of one sequence, which may be written into: ids [B] ->
-        logits [B, N], and the states.
+        logits [B, N], and the states. `watch` gets what each did.
         """
         if self.program is not None:
-            logits, counts = self.program.run(ids, states, within)
+            logits, counts = self.program.run(ids, states, within, watch)
             self._silent += counts.silent
             self._total += counts.total
             return logits[:, : self.tokenizer.vocab_size], list(states)
-        logits, state = self.step(ids, State.merge(states), within=within)
+        logits, state = self.step(ids, State.merge(states), within=within, watch=watch)
         return logits, [state.take([row]) for row in range(len(states))]
 
-    def _count(self, neuron: Neuron, x: Tensor, spikes: Spikes) -> None:
-        if neuron.tensor_class not in WEIGHTLESS_CLASSES:
-            self._silent += (spikes.values == 0).sum()
-            self._total += spikes.values.numel()
+    def _count(
+        self, neuron: Neuron, x: Tensor, spikes: Spikes, *, watch: Watch | None = None
+    ) -> None:
+        if neuron.tensor_class in WEIGHTLESS_CLASSES:
+            return
+        self._silent += (spikes.values == 0).sum()
+        self._total += spikes.values.numel()
+        if watch is None:
+            return
+        fired = (spikes.values != 0).flatten(1).cpu().numpy()
+        if watch.bits:
+            watch.fired[neuron.name] = fired
+        before = watch.counts or [Counts()] * len(fired)
+        watch.counts = [
+            Counts(counts.silent + int(silent), counts.total + fired.shape[1])
+            for counts, silent in zip(before, (~fired).sum(1), strict=True)
+        ]
 
 
 def read_prompt(

@@ -313,6 +313,7 @@ class Api:
             priority=options.priority,
             deadline=None if late is None else time.monotonic() + late / 1000,
             progress=options.progress and options.stream,
+            spikes=options.spikes and options.stream,
         )
 
     def _constraint(

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+from spikelm.decoder import Counts
 from spikelm.errors import RequestError
 from spikelm.sampling import Likelihood, SamplingParams
 from spikelm.state import State
@@ -27,6 +30,15 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Activity:
+    """What reading a token took."""
+
+    counts: Counts
+    fired: dict[str, npt.NDArray[np.bool_]]
+    """By the name of the neurons in front of a matrix: [n]."""
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
     """The next text of a choice; tokens without text come with the text that they end in."""
 
@@ -34,6 +46,8 @@ class Text:
     text: str
     tokens: tuple[int, ...] = ()
     likelihoods: tuple[Likelihood, ...] = ()
+    activity: tuple[Activity, ...] = ()
+    """Of the steps that made the tokens; the first token comes from the prompt."""
     finish_reason: str | None = None
     """"stop" or "length" on the last one of a choice."""
 
@@ -44,6 +58,7 @@ class Text:
             self.text + other.text,
             self.tokens + other.tokens,
             self.likelihoods + other.likelihoods,
+            self.activity + other.activity,
             other.finish_reason,
         )
 
@@ -102,6 +117,12 @@ class Totals(Meter):
     miss: Reason | None = None
     """Why there are none."""
     queue_seconds: float = 0.0
+    silent: int = 0
+    """Of `entries`, those that were 0 and whose weights were not read."""
+    entries: int = 0
+    """What entered matrices while tokens were decoded."""
+    weight_bytes: int = 0
+    """Read meanwhile, each sequence reading its own; 0: not known."""
 
 
 @dataclass(slots=True, eq=False)
@@ -141,6 +162,8 @@ class Job:
     deadline: float | None = None
     """time.monotonic() at which it ends, whatever it has."""
     progress: bool = False
+    spikes: bool = False
+    """Texts come with who fired."""
     # What the scheduler knows of it.
     totals: Totals = field(default_factory=Totals)
     submitted: float = field(default_factory=time.monotonic)

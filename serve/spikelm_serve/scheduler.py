@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spikelm.decoder import Watch
 from spikelm.errors import RequestError
 from spikelm.generate import PREFILL_TOKENS, Engine, TextStream
 from spikelm.sampling import Likelihood, Sampler, SamplingParams, likelihood
 from spikelm.state import State
 from spikelm_serve.answer import Trimmer
-from spikelm_serve.jobs import Constraint, Done, Failed, Job, Progress, Scored, Text
+from spikelm_serve.jobs import Activity, Constraint, Done, Failed, Job, Progress, Scored, Text
 from spikelm_serve.states import Found, Kept, StateStore
 
 SLOTS = 32
@@ -58,6 +59,7 @@ class Choice:
     said: str = ""
     unseen: list[int] = field(default_factory=list)
     likelihoods: list[Likelihood] = field(default_factory=list)
+    activity: list[Activity] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
@@ -430,10 +432,22 @@ class Scheduler:
 
     def _step(self, group: Sequence[Choice], within: float | None) -> None:
         tokens = torch.tensor([sequence.tokens[-1] for sequence in group])
-        logits, states = self.engine.step_each(tokens, [s.state for s in group], within=within)
+        watch = Watch(bits=any(sequence.job.spikes for sequence in group))
+        logits, states = self.engine.step_each(
+            tokens, [s.state for s in group], within=within, watch=watch
+        )
         for row, (sequence, state) in enumerate(zip(group, states, strict=True)):
             sequence.state = state
-            sequence.job.totals.decode_tokens += 1
+            totals = sequence.job.totals
+            totals.decode_tokens += 1
+            if watch.counts:
+                counts = watch.counts[row]
+                totals.silent += counts.silent
+                totals.entries += counts.total
+                totals.weight_bytes += counts.weight_bytes
+                if sequence.job.spikes:
+                    fired = {name: bits[row] for name, bits in watch.fired.items()}
+                    sequence.activity.append(Activity(counts, fired))
             self._guarded(sequence.job, partial(self._choose, sequence, logits[row]))
 
     def _choose(self, sequence: Choice, logits: Tensor, job: Job) -> None:
@@ -464,10 +478,11 @@ class Scheduler:
                     text,
                     tuple(sequence.unseen),
                     tuple(sequence.likelihoods),
+                    tuple(sequence.activity),
                     reason,
                 )
             )
-            sequence.unseen, sequence.likelihoods = [], []
+            sequence.unseen, sequence.likelihoods, sequence.activity = [], [], []
 
     def _end_choice(self, sequence: Choice) -> None:
         job = sequence.job

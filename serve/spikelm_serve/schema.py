@@ -115,6 +115,8 @@ class Options:
     """Time after which the request ends with what it has."""
     progress: bool = False
     """Streamed chunks say how much of the prompt has been read."""
+    spikes: bool = False
+    """Streamed chunks say which neurons fired."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -328,6 +330,7 @@ def _options(fields: Json, default_tokens: int, vocab_size: int, num_top: int | 
         priority=_integer(fields, "priority", -MAX_PRIORITY, MAX_PRIORITY, default=0),
         deadline_ms=_integer(fields, "deadline_ms", 1, MAX_DEADLINE_MS, default=0) or None,
         progress=_flag(fields, "return_progress"),
+        spikes=_flag(fields, "return_spikes"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 import uuid
@@ -9,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from spikelm.errors import RequestError
 from spikelm.sampling import Likelihood
 from spikelm.tokenizer import Tokenizer
-from spikelm_serve.jobs import Done, Event, Progress, Scored, Text, Totals
+from spikelm_serve.jobs import Activity, Done, Event, Progress, Scored, Text, Totals
 from spikelm_serve.tools import CallReader, ToolCall, Tools, read_answer
 
 Json = dict[str, Any]
@@ -131,9 +134,10 @@ class Wire:
             text, calls = reader.push(text)
             text += reader.end() if event.finish_reason is not None else ""
             told = len(reader.calls) - len(calls)
-        if text or (logprobs and any(logprobs.values())):
+        if text or event.activity or (logprobs and any(logprobs.values())):
             content: Json = {"delta": {"content": text}} if self.chat else {"text": text}
-            yield self._chunk(_choice(event.index, content, None, logprobs))
+            spikes = {"spikes": list(map(_spikes, event.activity))} if event.activity else {}
+            yield self._chunk(_choice(event.index, content, None, logprobs) | spikes)
         for place, call in enumerate(calls):
             content = {"delta": {"tool_calls": [{"index": told + place, **call.as_json()}]}}
             yield self._chunk(_choice(event.index, content, None, None))
@@ -246,6 +250,8 @@ def costs(totals: Sequence[Totals]) -> Json:
     decoded = sum(each.decode_tokens for each in totals)
     seconds = sum(each.decode_seconds for each in totals)
     misses = [each.miss for each in totals if each.miss]
+    silent, entries = (sum(getattr(t, name) for t in totals) for name in ("silent", "entries"))
+    read = sum(each.weight_bytes for each in totals)
     return {
         "timings": {
             "queue_ms": _ms(max((each.queue_seconds for each in totals), default=0.0)),
@@ -254,8 +260,29 @@ def costs(totals: Sequence[Totals]) -> Json:
             "predicted_per_second": round(decoded / seconds, 3) if seconds else 0.0,
             "cache_n": sum(each.cached_tokens for each in totals),
         },
+        "spikes": {
+            "silent_fraction": round(silent / entries, 4) if entries else None,
+            "weight_bytes_per_token": round(read / decoded) if read else None,
+        },
         "cache_miss": misses[0] if misses else None,
         "state_bytes": max((each.state_bytes for each in totals), default=0),
+    }
+
+
+def _spikes(activity: Activity) -> Json:
+    """Who fired: a bit for each neuron, the lowest bit of a byte first."""
+    counts = activity.counts
+    return {
+        "silent_fraction": round(counts.silent / counts.total, 4) if counts.total else None,
+        "weight_bytes": counts.weight_bytes or None,
+        "fired": [
+            {
+                "neurons": name,
+                "size": len(bits),
+                "bits": base64.b64encode(np.packbits(bits, bitorder="little").tobytes()).decode(),
+            }
+            for name, bits in activity.fired.items()
+        ],
     }
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from spikelm.decoder.lower import NotLoweredError, lower
-from spikelm.decoder.program import Program
+from spikelm.decoder.program import Counts, Program, Watch
 from spikelm.models.coded import CodedLinear, projections
 from spikelm.models.spikelm import LanguageModel
 
-__all__ = ["Program", "native_program"]
+__all__ = ["Counts", "Program", "Watch", "native_program"]
 
 
 def native_program(model: LanguageModel) -> tuple[Program | None, str | None]:

@@ -17,8 +17,11 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -80,6 +83,17 @@ class Counts(NamedTuple):
     """Those of an update of every row."""
 
 
+@dataclass
+class Watch:
+    """Filled by a call: what each of its B rows did."""
+
+    bits: bool = False
+    """Whether to say who fired, which is asked for."""
+    counts: list[Counts] = field(default_factory=list)
+    fired: dict[str, npt.NDArray[np.bool_]] = field(default_factory=dict)
+    """By the name of the neurons in front of a matrix: [B, n], whether each sent something."""
+
+
 class _Op(ctypes.Structure):
     _fields_: ClassVar[Any] = [
         ("code", c_int32),
@@ -107,6 +121,7 @@ class Program:
         self._wave = 0
         self._arena = 0
         self._lists: list[int] = []
+        self._neurons: dict[str, int] = {}
         self._states: dict[tuple[int, str], int] = {}
         self._growing: list[tuple[int, str]] = []
         self._alive: list[object] = []
@@ -156,13 +171,15 @@ class Program:
         """Appends an operation; `name` is the module's, for errors. Tensors are kept alive."""
         op = _Op(code=code, wave=self._wave, list=spikes, when=self.when)
         op.size[: len(size)] = list(size)
-        for field, given in ((op.at, at), (op.state, state)):
-            field[:] = [-1] * len(field)
-            field[: len(given)] = [-1 if entry is None else entry for entry in given]
+        for array, given in ((op.at, at), (op.state, state)):
+            array[:] = [-1] * len(array)
+            array[: len(given)] = [-1 if entry is None else entry for entry in given]
         op.number[: len(number)] = list(number)
         op.data[: len(data)] = [self._address(entry) for entry in data]
         self._ops.append(op)
         self._names.append(name)
+        if code == Code.SPIKE and self._lists[spikes] > 0:
+            self._neurons[name] = spikes
 
     def finish(self, logits: int, num_logits: int) -> None:
         """Ends the list; the logits are the vector at `logits`."""
@@ -176,11 +193,15 @@ class Program:
         weakref.finalize(self, library.spikelm_program_free, self._handle)
 
     def run(
-        self, tokens: Tensor, state: State | Sequence[State], within: float | None = None
+        self,
+        tokens: Tensor,
+        state: State | Sequence[State],
+        within: float | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, Counts]:
         """One token for each of B sequences, which one state or several have in order: int64 [B].
         They are changed in place. Logits more than `within` below the largest may be estimates;
-        None: all are exact.
+        None: all are exact. `watch` gets what each of them did.
 
         Returns logits float32 [B, N] and what was counted. Raises: DataError for ids outside the
         vocabulary or another number of sequences than the state's; SpikelmError naming the neurons
@@ -190,7 +211,7 @@ class Program:
         sequences = sum(state.batch_size for state in states)
         if sequences != len(tokens):
             raise DataError(f"{len(tokens)} tokens given for a state of {sequences} sequences")
-        return self._run(tokens, states, within, sequence=False)
+        return self._run(tokens, states, within, watch, sequence=False)
 
     @property
     def reads_prompts(self) -> bool:
@@ -207,17 +228,27 @@ class Program:
             raise DataError(f"a state of one sequence is needed, not of {state.batch_size}")
         logits, counts = torch.empty(0), Counts()
         for some in tokens.split(TOKENS_AT_ONCE):
-            logits, more = self._run(some, [state], None, sequence=True)
+            logits, more = self._run(some, [state], None, None, sequence=True)
             counts = Counts(*map(operator.add, counts, more))
         return logits, counts
 
     def _run(
-        self, tokens: Tensor, states: Sequence[State], within: float | None, *, sequence: bool
+        self,
+        tokens: Tensor,
+        states: Sequence[State],
+        within: float | None,
+        watch: Watch | None,
+        *,
+        sequence: bool,
     ) -> tuple[Tensor, Counts]:
         rows, B = len(tokens), 1 if sequence else len(tokens)
         start, size = self._logits
         logits = torch.empty(B, size)
-        counters = (c_int64 * 5)()
+        counters = np.zeros((rows, len(Counts._fields)), np.int64)
+        starts = [0, *itertools.accumulate(-(-abs(size) // 8) for size in self._lists)]
+        fired = None
+        if watch is not None and watch.bits:
+            fired = np.zeros((rows, starts[-1]), np.uint8)
         tokens = tokens.contiguous()
         positions = states[0].position
         if len(states) > 1:
@@ -240,7 +271,8 @@ class Program:
                 size,
                 math.inf if within is None else within,
                 logits.data_ptr(),
-                counters,
+                counters.ctypes.data,
+                None if fired is None else fired.ctypes.data,
                 torch.get_num_threads(),
             )
         if broken == BAD_TOKEN:
@@ -256,7 +288,14 @@ class Program:
                 states, positions.split([s.batch_size for s in states]), strict=True
             ):
                 state.position.copy_(position)
-        return logits, Counts(*counters)
+        if watch is not None:
+            watch.counts = [Counts(*row) for row in counters.tolist()]
+        if watch is not None and fired is not None:
+            bits = np.unpackbits(fired, axis=1, bitorder="little").astype(bool)
+            for name, number in self._neurons.items():
+                start = 8 * starts[number]
+                watch.fired[name] = bits[:, start : start + self._lists[number]]
+        return logits, Counts(*counters.sum(0).tolist())
 
     def _bind(self, states: Sequence[State], tokens: int) -> None:
         """Looks up the addresses of the states' tensors, unless they are those of the last call;
@@ -318,7 +357,7 @@ def _library() -> Any:
         (
             "spikelm_program_run",
             *(c_int64, c_void_p, c_int64, c_int, *[c_void_p] * 4),
-            *(c_int64, c_int64, c_int64, c_float, c_void_p, c_void_p, c_int),
+            *(c_int64, c_int64, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_int),
         ),
     ]
     for name, result, *arguments in signatures:

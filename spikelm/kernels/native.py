@@ -25,7 +25,7 @@ from torch import Tensor
 from spikelm.config import NeuronConfig
 
 # That of native/abi.cpp.
-ABI = 10
+ABI = 11
 SURROGATES = ("arctan", "sigmoid", "rectangle", "triangle", "fast_sigmoid", "gaussian")
 """In the order of the enumeration in native/lif.cpp."""
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from spikelm.checkpoint import load, save
 from spikelm.config import AttentionConfig, DeltaConfig, FFNConfig, ModelConfig
 from spikelm.conversion.convert import convert
+from spikelm.decoder import Watch
 from spikelm.generate import Engine
 from spikelm.models.spikelm import LanguageModel
 from spikelm.state import State
@@ -65,7 +66,12 @@ class FakeEngine:
         return self._logits(last, int(position)), State(({"last": last},), position)
 
     def step_each(
-        self, ids: Tensor, states: Sequence[State], *, within: float | None = None
+        self,
+        ids: Tensor,
+        states: Sequence[State],
+        *,
+        within: float | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, list[State]]:
         found = [self.step(ids[i : i + 1], state) for i, state in enumerate(states)]
         return torch.cat([logits for logits, _ in found]), [state for _, state in found]

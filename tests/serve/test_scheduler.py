@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spikelm.decoder import Watch
 from spikelm.errors import RequestError
 from spikelm.generate import Engine, Generation
 from spikelm.sampling import SamplingParams
@@ -333,9 +334,14 @@ class Broken(Engine):
     """Fails while one of its sequences is at a certain token."""
 
     def step_each(
-        self, ids: Tensor, states: Sequence[State], *, within: float | None = None
+        self,
+        ids: Tensor,
+        states: Sequence[State],
+        *,
+        within: float | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, list[State]]:
-        logits, states = super().step_each(ids, states, within=within)
+        logits, states = super().step_each(ids, states, within=within, watch=watch)
         if bool((states[0].position > 10_000).any()) or any(
             int(state.position) in (25, 27) for state in states
         ):

@@ -23,7 +23,7 @@ from spikelm.config import (
     RWKV7Config,
 )
 from spikelm.conversion.convert import convert
-from spikelm.decoder import native_program
+from spikelm.decoder import Watch, native_program
 from spikelm.decoder.program import MIN_ROOM, TOKENS_AT_ONCE
 from spikelm.errors import CheckpointError, DataError, SpikelmError
 from spikelm.eval.traffic import weight_traffic
@@ -67,6 +67,39 @@ def test_threads_do_not_change_a_bit(engine: Engine) -> None:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_who_fired(engine: Engine, coded_folder: Path) -> None:
+    assert engine.program is not None
+    plain = Engine(checkpoint.load(coded_folder, backend="matmul"))
+    states = [engine.prefill([1, 2, 3 + i])[1].clone() for i in range(3)]
+    copies = [state.clone() for state in states]
+    ids = torch.tensor([4, 5, 4])
+    watch, other = Watch(bits=True), Watch(bits=True)
+    logits, _ = engine.step_each(ids, states, watch=watch)
+    plain.step_each(ids, copies, watch=other)
+    assert watch.fired.keys() == other.fired.keys()
+    assert any(bits.any() for bits in watch.fired.values())
+    for name, bits in watch.fired.items():
+        assert bits.shape == other.fired[name].shape
+        # A rounding difference may flip a spike.
+        assert (bits == other.fired[name]).mean() > 0.98, name
+    for row, counts in enumerate(watch.counts):
+        assert abs(counts.silent - other.counts[row].silent) < 0.02 * counts.total
+        assert counts.total == other.counts[row].total
+        silent = sum(int((~bits[row]).sum()) for bits in watch.fired.values())
+        assert silent == counts.silent
+        # Each row as if it were alone, and without being watched.
+        state = engine.prefill([1, 2, 3 + row])[1].clone()
+        alone = Watch(bits=True)
+        again, total = engine.program.run(ids[row : row + 1], state, None, alone)
+        assert torch.equal(again[0, : logits.shape[1]], logits[row])
+        assert [total] == alone.counts == [counts]
+        assert all((bits[row] == alone.fired[name]).all() for name, bits in watch.fired.items())
+    counted = Watch()
+    engine.step_each(ids, states, watch=counted)
+    assert len(counted.counts) == 3
+    assert not counted.fired
 
 
 @pytest.mark.parametrize("by_output", ["", "reglu", "channel_mix"])
