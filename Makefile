@@ -76,8 +76,9 @@ test-gpu: ## the tests that need a CUDA device (BIN=/usr/bin uses a Python outsi
 	@$(BIN)/python -m pytest -q -m gpu
 
 soak: install ## the server's long tests: thousands of requests and of fuzzed ones (docs/reliability.md)
-	@SPIKELM_FUZZ_CASES=2000 SPIKELM_SOAK_REQUESTS=10000 SPIKELM_KILLS=100 $(BIN)/python -m pytest -q tests/serve \
-	  -k "fuzz or soak or killed_while_saving" --log-cli-level=INFO
+	@SPIKELM_FUZZ_CASES=2000 SPIKELM_SOAK_REQUESTS=10000 SPIKELM_KILLS=100 SPIKELM_SCHEMATHESIS=300 \
+	  $(BIN)/python -m pytest -q tests/serve \
+	  -k "fuzz or soak or killed_while_saving or schemathesis" --log-cli-level=INFO
 
 docs: install ## write docs/cli.md from the commands' --help, and the table of docs/models.md
 	@COLUMNS=100 $(BIN)/python -c "import pathlib, spikelm.cli as c; pathlib.Path('docs/cli.md').write_text(c.reference())"

@@ -19,6 +19,7 @@ from spikelm_serve import schema
 from spikelm_serve.constraint import Forms
 from spikelm_serve.jobs import Constraint, Done, Event, Failed, Job
 from spikelm_serve.metrics import Metrics
+from spikelm_serve.openapi import document
 from spikelm_serve.outbox import Courier, Outbox, joined
 from spikelm_serve.prompts import Prompt, Prompts
 from spikelm_serve.scheduler import Scheduler, incident
@@ -85,6 +86,9 @@ class Api:
     async def show_metrics(self, request: Request) -> Response:
         page = await asyncio.to_thread(self.metrics.page)
         return Response(page, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def describe(self, request: Request) -> Response:
+        return JSONResponse(document(self.tokenizer.vocab_size))
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card]})

@@ -72,6 +72,7 @@ def create_app(
             route("/health", api.health),
             route("/ready", api.ready),
             route("/metrics", api.show_metrics),
+            route("/openapi.json", api.describe),
             route("/v1/models", api.models),
             route("/v1/models/{model:path}", api.model),
             route("/v1/completions", api.completions, "POST"),

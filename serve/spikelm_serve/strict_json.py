@@ -49,7 +49,8 @@ def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise RequestError(f"the number {text[:20]} is too large")
-    return value
+    # Some clients have no integers: 5.0 is 5.
+    return int(value) if value.is_integer() else value
 
 
 def _constant(text: str) -> NoReturn:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spikelm.errors import RequestError
@@ -144,7 +145,12 @@ async def http_error(request: Request, error: Exception) -> Response:
     message = messages.get(error.status_code, error.detail)
     code = "not_found" if error.status_code == 404 else None
     body = error_body(RequestError(message, status=error.status_code, code=code))
-    return JSONResponse(body, error.status_code, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        # The framework names those of one route, and a path may have several.
+        matching = [r for r in request.app.routes if r.matches(request.scope)[0] != Match.NONE]
+        headers["Allow"] = ", ".join(sorted({name for r in matching for name in r.methods or ()}))
+    return JSONResponse(body, error.status_code, headers)
 
 
 async def read_body(request: Request, limit: int, kind: str = "application/json") -> bytes:
