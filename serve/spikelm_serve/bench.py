@@ -1,8 +1,10 @@
 """`spikelm bench serve`: what a started server does under load. No torch at import.
 
-load    tokens/s, time to the first token and between tokens at several numbers of streams
+load    tokens/s, time to the first token and between tokens at several numbers of streams, also of
+        other servers with a model of as many parameters
 turns   time to the first token of late turns of a chat over that of early ones; after a restart
 fork    time of a fork, and of the first token behind it
+endless a conversation of very many tokens: memory, speed and first token along it
 
 The server is a process of its own, the clients another: plain sockets, so that they cost little. Of
 each number of streams as many requests are sent as the largest has; all rounds take turns.
@@ -22,17 +24,22 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from spikelm.errors import ConfigError, SpikelmError
+from spikelm.eval.process import memory_bytes
+from spikelm_serve.rivals import RIVALS, shape_like
 
-PARTS = ("load", "turns", "fork")
+PARTS = ("load", "turns", "fork", "endless")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model folder, float or spike-coded")
     parser.add_argument(
-        "--parts", default=",".join(PARTS), metavar="PART,...", help="(%(default)s)"
+        "--parts",
+        default="load,turns,fork",
+        metavar="PART,...",
+        help=f"of {', '.join(PARTS)} (%(default)s)",
     )
     parser.add_argument(
         "--streams", default="1,4,16,64", metavar="N,...", help="at a time (%(default)s)"
@@ -40,29 +47,58 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=200, help="of an answer (%(default)s)")
     parser.add_argument("--turns", type=int, default=200, help="of a chat (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of turns (%(default)s)")
+    parser.add_argument(
+        "--endless", type=int, default=1_000_000, metavar="N", help="tokens (%(default)s)"
+    )
+    parser.add_argument(
+        "--against",
+        default="",
+        metavar="NAME,...",
+        help="other servers under the same load: llama.cpp, transformers",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     parts = args.parts.split(",")
     if not set(parts) <= set(PARTS):
         raise ConfigError(f"--parts {args.parts} given; allowed: some of {', '.join(PARTS)}")
+    against = [name for name in args.against.split(",") if name]
+    if not set(against) <= set(RIVALS):
+        raise ConfigError(f"--against {args.against} given; allowed: some of {', '.join(RIVALS)}")
     streams = [int(number) for number in args.streams.split(",")]
     report: dict[str, Any] = {"model": args.model, "tokens": args.tokens, "rounds": args.rounds}
     if "load" in parts:
-        with serving(args.model, "--slots", str(max(streams))) as port:
-            report["load"] = load(port, streams, args.tokens, args.rounds)
+        with contextlib.ExitStack() as stack:
+            own = stack.enter_context(serving(args.model, "--slots", str(max(streams))))
+            servers = {"spikelm": own.port}
+            if against:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                shape = shape_like(Path(args.model))
+                for name in against:
+                    begun = RIVALS[name](shape, Path(args.model), folder)
+                    servers[name] = stack.enter_context(begun)
+            report["load"] = load(servers, streams, args.tokens, args.rounds)
     if "turns" in parts:
         report["turns"] = turns(args.model, args.turns)
     if "fork" in parts:
-        with serving(args.model) as port:
-            report["fork"] = forks(port)
+        with serving(args.model) as server:
+            report["fork"] = forks(server.port)
+    if "endless" in parts:
+        report["endless"] = endless(args.model, args.endless)
     print(json.dumps(report, indent=2) if args.json else describe(report))
     return 0
 
 
+class Server(NamedTuple):
+    """A started server."""
+
+    port: int
+    process: int
+
+
 @contextlib.contextmanager
-def serving(model: str, *options: str) -> Iterator[int]:
-    """A server of the model; its port."""
+def serving(model: str, *options: str) -> Iterator[Server]:
+    """A server of the model."""
     command = [sys.executable, "-m", "spikelm", "serve", model, "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -70,7 +106,8 @@ def serving(model: str, *options: str) -> Iterator[int]:
         try:
             if not line:
                 raise SpikelmError("the server did not start; its message is above")
-            yield int(line.partition(" at http://127.0.0.1:")[2].partition("/")[0])
+            port = int(line.partition(" at http://127.0.0.1:")[2].partition("/")[0])
+            yield Server(port, process.pid)
         finally:
             process.terminate()
             process.wait()
@@ -113,23 +150,32 @@ async def ask(port: int, path: str, body: dict[str, Any], timeout: float = 600) 
     return heard
 
 
-def load(port: int, streams: Sequence[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Medians over rounds of what clients notice, by number of streams."""
-    measured: dict[int, list[dict[str, float]]] = {number: [] for number in streams}
+def load(
+    servers: dict[str, int], streams: Sequence[int], tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """Medians over rounds of what clients notice, by server and number of streams. The servers, by
+    name with their ports, take turns.
+    """
+    runs = [(name, number) for name in servers for number in streams]
+    measured: dict[tuple[str, int], list[dict[str, float]]] = {each: [] for each in runs}
     for turn in range(rounds):
-        for number in streams:
-            measured[number].append(asyncio.run(_burst(port, number, max(streams), tokens, turn)))
-    found = []
-    for number, all_rounds in measured.items():
+        for name, number in runs:
+            stops = _stop_ids(servers[name]) if name == "spikelm" else [0]
+            burst = _burst(servers[name], number, max(streams), tokens, turn, stops)
+            measured[name, number].append(asyncio.run(burst))
+    found: list[dict[str, Any]] = []
+    for (name, number), all_rounds in measured.items():
         names = all_rounds[0].keys()
-        row = {name: statistics.median(each[name] for each in all_rounds) for name in names}
-        found.append({"streams": number, **row})
-    for row in found:
-        row["over_one_stream"] = row["tokens_per_second"] / found[0]["tokens_per_second"]
+        row = {key: statistics.median(each[key] for each in all_rounds) for key in names}
+        first = next((r for r in found if r["server"] == name), row)
+        row["over_one_stream"] = row["tokens_per_second"] / first["tokens_per_second"]
+        found.append({"server": name, "streams": number, **row})
     return found
 
 
-async def _burst(port: int, number: int, total: int, tokens: int, turn: int) -> dict[str, float]:
+async def _burst(
+    port: int, number: int, total: int, tokens: int, turn: int, stops: Sequence[int]
+) -> dict[str, float]:
     heard: list[Heard] = []
     waiting = iter(range(total))
 
@@ -144,7 +190,6 @@ async def _burst(port: int, number: int, total: int, tokens: int, turn: int) -> 
             }
             heard.append(await ask(port, "/v1/completions", body))
 
-    stops = await _stop_ids(port)
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(number)))
     seconds = time.perf_counter() - began
@@ -158,9 +203,9 @@ async def _burst(port: int, number: int, total: int, tokens: int, turn: int) -> 
     }
 
 
-async def _stop_ids(port: int) -> list[int]:
-    found = await _call(port, "/tokenize", {"prompt": "<|endoftext|>", "parse_special": True})
-    ids: list[int] = found["tokens"]
+def _stop_ids(port: int) -> list[int]:
+    text = {"prompt": "<|endoftext|>", "parse_special": True}
+    ids: list[int] = asyncio.run(_call(port, "/tokenize", text))["tokens"]
     return ids if len(ids) == 1 else []
 
 
@@ -191,7 +236,8 @@ def turns(model: str, number: int) -> dict[str, Any]:
         state: str | None = None
         times: list[float] = []
         sizes = []
-        with serving(model, *options) as port:
+        with serving(model, *options) as server:
+            port = server.port
             for turn in range(number):
                 heard = asyncio.run(ask(port, "/v1/chat/completions", _message(turn, state)))
                 state = heard.last["state"]["id"]
@@ -199,7 +245,8 @@ def turns(model: str, number: int) -> dict[str, Any]:
                 times.append(heard.first)
             asyncio.run(_call(port, f"/v1/states/{state}/save", {}))
         again: list[float] = []
-        with serving(model, *options) as port:
+        with serving(model, *options) as server:
+            port = server.port
             for turn in range(number, number + 10):
                 heard = asyncio.run(ask(port, "/v1/chat/completions", _message(turn, state)))
                 state = heard.last["state"]["id"]
@@ -250,6 +297,33 @@ def forks(port: int, number: int = 64) -> dict[str, Any]:
     }
 
 
+def endless(model: str, tokens: int) -> dict[str, Any]:
+    """One conversation until it has so many tokens: what each tenth of it takes."""
+    words = " ".join(f"word {i} of a long message," for i in range(200))
+    tenths: list[dict[str, float]] = []
+    state: str | None = None
+    read, turn = 0, 0
+    with serving(model, "--state-memory", "64MiB") as server:
+        while read < tokens:
+            times, begun, before = [], time.perf_counter(), read
+            while read < tokens * (len(tenths) + 1) // 10:
+                body = _message(turn, state)
+                body["messages"][0]["content"] = f"{turn}: {words}"
+                heard = asyncio.run(ask(server.port, "/v1/chat/completions", body))
+                state, read = heard.last["state"]["id"], heard.last["state"]["tokens"]
+                times.append(heard.first)
+                turn += 1
+            row = {
+                "tokens": read,
+                "tokens_per_second": (read - before) / (time.perf_counter() - begun),
+                "first_token_ms": 1000 * statistics.median(times),
+                "resident_bytes": memory_bytes("VmRSS", server.process),
+                "state_bytes": heard.last["state_bytes"],
+            }
+            tenths.append(row)
+    return {"turns": turn, "tenths": tenths}
+
+
 def _quantile(values: Sequence[float], percent: int) -> float:
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)] if ordered else 0.0
@@ -259,11 +333,12 @@ def describe(report: dict[str, Any]) -> str:
     """As text."""
     lines = []
     if "load" in report:
-        head = ["streams", "tokens/s", "x 1", "requests/s", "first p50", "p95", "p99"]
+        head = ["server", "streams", "tokens/s", "x 1", "requests/s", "first p50", "p95", "p99"]
         head += ["between p50", "p95", "p99"]
         lines.append("  ".join(f"{name:>11}" for name in head))
         for row in report["load"]:
             values = (
+                row["server"],
                 f"{row['streams']}",
                 f"{row['tokens_per_second']:.0f}",
                 f"{row['over_one_stream']:.2f}",
@@ -289,4 +364,12 @@ def describe(report: dict[str, Any]) -> str:
             f"a fork takes {found['fork_ms']:.1f} ms, the first text behind it "
             f"{found['first_token_ms']:.1f} ms; {found['state_bytes']:,} bytes"
         )
+    if "endless" in report:
+        lines.append(f"one conversation, {report['endless']['turns']} turns:")
+        for row in report["endless"]["tenths"]:
+            lines.append(
+                f"{row['tokens']:>11,} tokens  {row['tokens_per_second']:>8,.0f} tokens/s  first "
+                f"text {row['first_token_ms']:.1f} ms  {row['resident_bytes'] / 2**20:.1f} MiB "
+                f"resident  state {row['state_bytes']:,} bytes"
+            )
     return "\n".join(lines)

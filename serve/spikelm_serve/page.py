@@ -1,4 +1,4 @@
-"""The web page: four files, and nothing from anywhere else."""
+"""The web page: a few files, and nothing from anywhere else."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ KINDS = {
     "index.html": "text/html",
     "style.css": "text/css",
     "app.js": "text/javascript",
+    "base.js": "text/javascript",
+    "server.js": "text/javascript",
+    "spikes.js": "text/javascript",
+    "tree.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
 HEADERS = {

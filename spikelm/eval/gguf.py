@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
@@ -25,8 +25,10 @@ BLOCK = 32
 """Weights that share a scale in Q8_0 and Q4_0."""
 CHUNK_WEIGHTS = 2**22
 """Weights drawn at a time."""
-UINT32, FLOAT32, STRING = 4, 6, 8
+UINT32, INT32, FLOAT32, STRING, ARRAY = 4, 5, 6, 8, 9
 """Types of GGUF metadata."""
+NORMAL, CONTROL = 1, 3
+"""Kinds of tokens."""
 STORED = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 8}
 """ggml's numbers of how tensors are stored."""
 BITS = {"Q4_0": 4, "Q8_0": 8}
@@ -62,11 +64,13 @@ def write_gguf(
     quantisation: Quantisation = "Q8_0",
     *,
     seed: int = 0,
+    vocabulary: tuple[Sequence[str], Sequence[str]] | None = None,
 ) -> None:
     """A random model for llama.cpp: projections as asked for, the head in Q8_0.
 
     `kind` is by default what the mixers of `shape` are; qwen2 for the shape of an RWKV-7 writes its
-    `transformer_twin`. There is no tokenizer: token ids are all there is to read.
+    `transformer_twin`. The `vocabulary` is a byte-level BPE's, tokens by id and merges; without one
+    token ids are all there is to read.
 
     Raises: ConfigError for a shape that is neither kind's.
     """
@@ -84,7 +88,7 @@ def write_gguf(
         "general.architecture": kind,
         "general.quantization_version": 2,
         "general.alignment": ALIGNMENT,
-        "tokenizer.ggml.model": "no_vocab",
+        **_tokenizer(vocabulary, shape.vocab_size),
         **{f"{kind}.{key}": value for key, value in _METADATA[kind](shape).items()},
     }
     random = np.random.default_rng(seed)
@@ -95,6 +99,23 @@ def write_gguf(
             for chunk in _chunks(tensor, random):
                 file.write(chunk.tobytes())
         _align(file)
+
+
+def _tokenizer(vocabulary: tuple[Sequence[str], Sequence[str]] | None, size: int) -> dict[str, Any]:
+    if vocabulary is None:
+        return {"tokenizer.ggml.model": "no_vocab"}
+    known, merges = vocabulary
+    tokens = [*known, *(f"<unused {i}>" for i in range(len(known), size))]
+    special = [token.startswith("<") and token.endswith(">") for token in tokens]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [CONTROL if each else NORMAL for each in special],
+        "tokenizer.ggml.merges": list(merges),
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 0,
+    }
 
 
 def kind_of(shape: ModelConfig) -> Kind:
@@ -278,16 +299,20 @@ def _qwen2_metadata(shape: ModelConfig) -> dict[str, int | float | str]:
 _METADATA = {"rwkv7": _rwkv7_metadata, "qwen2": _qwen2_metadata}
 
 
-def _write_header(
-    file: BinaryIO, metadata: dict[str, int | float | str], tensors: dict[str, Stored]
-) -> None:
+def _write_header(file: BinaryIO, metadata: dict[str, Any], tensors: dict[str, Stored]) -> None:
     def string(text: str) -> bytes:
-        return struct.pack("<Q", len(text)) + text.encode("ascii")
+        data = text.encode()
+        return struct.pack("<Q", len(data)) + data
 
     file.write(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
     for key, value in metadata.items():
         if isinstance(value, str):
             packed = struct.pack("<I", STRING) + string(value)
+        elif isinstance(value, list):
+            texts = isinstance(value[0], str) if value else True
+            packed = struct.pack("<IIQ", ARRAY, STRING if texts else INT32, len(value))
+            each = map(string, value) if texts else (struct.pack("<i", v) for v in value)
+            packed += b"".join(each)
         elif isinstance(value, float):
             packed = struct.pack("<If", FLOAT32, value)
         else:

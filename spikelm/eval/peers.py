@@ -473,28 +473,36 @@ class Transformers(Spawned):
         super().__init__(f"transformers {dtype}", TransformersReader, shape, threads, dtype)
 
 
+def qwen2_config(shape: ModelConfig) -> Any:
+    """What transformers calls the shape of a Qwen2."""
+    from transformers import Qwen2Config
+
+    attention = shape.attention
+    return Qwen2Config(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.width,
+        intermediate_size=shape.ffn.hidden_dim,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=attention.num_heads,
+        num_key_value_heads=attention.num_kv_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": attention.rope_theta},
+        rms_norm_eps=shape.norm_eps,
+        tie_word_embeddings=shape.tie_embeddings,
+        max_position_embeddings=2**20,
+    )
+
+
 class TransformersReader(Reader):
     """transformers in this process."""
 
     def __init__(self, shape: ModelConfig, threads: int, dtype: Dtype) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, Qwen2Config
+        from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         attention = shape.attention
-        self._config = Qwen2Config(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.width,
-            intermediate_size=shape.ffn.hidden_dim,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=attention.num_heads,
-            num_key_value_heads=attention.num_kv_heads,
-            rope_parameters={"rope_type": "default", "rope_theta": attention.rope_theta},
-            rms_norm_eps=shape.norm_eps,
-            tie_word_embeddings=shape.tie_embeddings,
-            max_position_embeddings=2**20,
-        )
+        self._config = qwen2_config(shape)
         self._dtype = getattr(torch, dtype)
         model = AutoModelForCausalLM.from_config(self._config, dtype=self._dtype)
         self._model = model.eval()

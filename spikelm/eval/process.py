@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 
-def memory_bytes(field: str) -> int:
-    """This process' resident memory (VmRSS) or its peak (VmHWM)."""
+def memory_bytes(field: str, process: int | None = None) -> int:
+    """The resident memory (VmRSS) of this or, on Linux, another process, or its peak (VmHWM)."""
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path(f"/proc/{process or 'self'}/status").read_text()
     except OSError:
         status = ""
     found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
