@@ -77,6 +77,7 @@ test-gpu: ## the tests that need a CUDA device (BIN=/usr/bin uses a Python outsi
 
 soak: install ## the server's long tests: thousands of requests and of fuzzed ones (docs/reliability.md)
 	@SPIKELM_FUZZ_CASES=2000 SPIKELM_SOAK_REQUESTS=10000 SPIKELM_KILLS=100 SPIKELM_SCHEMATHESIS=300 \
+	  SPIKELM_ATTACKS=1000 \
 	  $(BIN)/python -m pytest -q tests/serve \
 	  -k "fuzz or soak or killed_while_saving or schemathesis" --log-cli-level=INFO
 

@@ -171,7 +171,8 @@ def main(argv: list[str]) -> int:
     print(f"try: {example(url, name)}", flush=True)
     config = uvicorn.Config(
         app,
-        log_level="warning",
+        # Below that it writes a line for every request that is no HTTP.
+        log_level="error",
         access_log=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
