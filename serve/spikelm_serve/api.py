@@ -296,7 +296,7 @@ class Api:
         late = options.deadline_ms
         if self.store.shelf is not None and not options.state.no_cache:
             # What is on the shelf comes into memory here, before the model's thread asks for it.
-            self.store.find(prompt.chain, owner)
+            self.store.find(prompt.chain, owner, wait=True)
         return Job(
             ids=prompt.ids,
             chain=prompt.chain,

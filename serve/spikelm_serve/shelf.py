@@ -10,12 +10,11 @@ import contextlib
 import os
 import re
 import tempfile
-import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,8 @@ STALE_SECONDS = 3600
 """Age of a temporary file that nobody is writing any more."""
 HEAD_BYTES = 64 * 1024
 """The beginning of a file, which tells what is in it."""
+PATIENCE_SECONDS = 2
+"""For a list of what is in a bucket; without one it is what it was."""
 AT_ONCE = 16
 """Questions to an object store at a time."""
 SAVED, CACHE = "saved", "cache"
@@ -73,14 +74,16 @@ class Shelf(ABC):
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._parts))
 
-    def look(self) -> None:
-        """Learns what is there, also from other servers, from time to time."""
+    def look(self, *, wait: bool = True) -> None:
+        """Learns what is there, also from other servers, from time to time; what takes long is not
+        waited for unless `wait`.
+        """
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now
-            self._refresh()
+            self._refresh(wait=wait)
 
-    def _refresh(self) -> None:
+    def _refresh(self, *, wait: bool) -> None:
         self._parts = {key: part for part in (CACHE, SAVED) for key in self._list(part)}
 
     @contextlib.contextmanager
@@ -239,8 +242,7 @@ class Folder(Shelf):
 class Bucket(Shelf):
     """A bucket that speaks S3's, Google's or Azure's protocol, by obstore.
 
-    It is looked at in the background: a request does not wait for a list. The time of use is that
-    of writing.
+    The time of use is that of writing.
     """
 
     def __init__(self, store: ObjectStore, max_bytes: int = DISK_BYTES) -> None:
@@ -248,8 +250,8 @@ class Bucket(Shelf):
         super().__init__(max_bytes)
         self._store = store
         self._looker = ThreadPoolExecutor(1, "spikelm-bucket")
-        self._looking = threading.Lock()
-        super()._refresh()
+        self._looking: Future[None] | None = None
+        super()._refresh(wait=True)
 
     @staticmethod
     def at(url: str, max_bytes: int = DISK_BYTES) -> Bucket:
@@ -269,13 +271,16 @@ class Bucket(Shelf):
         except (BaseError, OSError, ValueError) as error:
             raise ConfigError(f"cannot keep states in {url}: {_line(error)}") from None
 
-    def _refresh(self) -> None:
+    def _refresh(self, *, wait: bool) -> None:
         def work() -> None:
-            with self._looking, contextlib.suppress(OSError):
-                Shelf._refresh(self)
+            with contextlib.suppress(OSError):
+                Shelf._refresh(self, wait=True)
 
-        if not self._looking.locked():
-            self._looker.submit(work)
+        if self._looking is None or self._looking.done():
+            self._looking = self._looker.submit(work)
+        if wait:
+            with contextlib.suppress(TimeoutError):
+                self._looking.result(PATIENCE_SECONDS)
 
     def close(self) -> None:
         self._looker.shutdown(cancel_futures=True)

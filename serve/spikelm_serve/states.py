@@ -191,9 +191,12 @@ class StateStore:
             found.append(last)
         return [_name(digest) for digest in found]
 
-    def find(self, chain: Sequence[str], owner: str) -> Found:
-        """The longest beginning of `chain` of which a state is kept."""
-        self._look()
+    def find(self, chain: Sequence[str], owner: str, *, wait: bool = False) -> Found:
+        """The longest beginning of `chain` of which a state is kept; with `wait`, also by another
+        server a moment ago.
+        """
+        if self.shelf is not None:
+            self.shelf.look(wait=wait)
         for at in range(len(chain), 0, -1):
             key = chain[at - 1]
             if key in self._kept or self._on_shelf(key):
@@ -242,7 +245,6 @@ class StateStore:
         """Raises: RequestError (404) if `owner` has no such state, (400) for a damaged file."""
         if not STATE_ID.fullmatch(state_id):
             raise _unknown(state_id)
-        self._look()
         kept = self._get(state_id, strict=True)
         if kept is None or kept.owner != owner:
             raise _unknown(state_id)
@@ -250,7 +252,8 @@ class StateStore:
 
     def listed(self, owner: str) -> list[dict[str, Any]]:
         """What there is of `owner`'s, the newest first."""
-        self._look()
+        if self.shelf is not None:
+            self.shelf.look()
         with self._lock:
             kept = list(self._kept.values())
         found = {k.id: describe(k, self.fingerprint) for k in kept if k.owner == owner}
@@ -374,10 +377,6 @@ class StateStore:
     def _drop(self, key: str) -> None:
         kept = self._kept.pop(key, None)
         self.used -= kept.nbytes if kept else 0
-
-    def _look(self) -> None:
-        if self.shelf is not None:
-            self.shelf.look()
 
     def _on_shelf(self, key: str) -> bool:
         return self.shelf is not None and key in self.shelf
