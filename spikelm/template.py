@@ -5,6 +5,7 @@ A template comes with the model's files, so it runs in jinja's sandbox and its o
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -20,6 +21,12 @@ from spikelm.tokenizer import BASE_CHAT_TEMPLATE, CHAT_TEMPLATE, EOS, Tokenizer
 
 MAX_CHARACTERS = 8_000_000
 MAX_BASE = 1000
+_SAMPLES = (
+    ("One.", "Two words", "3"),
+    ("  with spaces \n", "line\n\nline", "\tx"),
+    ("<think>why</think>\n\nso", "</think>", "<think>"),
+    ("", "empty before"),
+)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -140,6 +147,29 @@ class ChatTemplate:
             parts += [(text[done : len(before)], False), (text[len(before) : end], True)]
             done = end
         return parts
+
+    def rewrites(self) -> str | None:
+        """What it changes of a conversation's beginning when there is more of it, which then cannot
+        be gone on from a state; None: nothing of what was tried, as far as it does not refuse.
+        """
+        for system, texts in itertools.product((False, True), _SAMPLES):
+            messages = [{"role": "system", "content": texts[0]}] if system else []
+            before = ""
+            for number in range(len(messages) + 1, len(messages) + 7):
+                role = "user" if (number - system) % 2 else "assistant"
+                text = texts[number % len(texts)]
+                messages.append({"role": role, "content": text})
+                try:
+                    prompt = self.render(messages) if role == "user" else ""
+                    after = self.render(messages, add_generation_prompt=False)
+                except RequestError:
+                    break
+                if not after.startswith(before):
+                    return f"what it wrote of {number - 1} messages is changed by another one"
+                if role == "user" and not prompt.startswith(after):
+                    return f"what it wrote of {number} messages is changed in front of an answer"
+                before = after
+        return None
 
     def ends(self, answer: str) -> bool:
         """Whether a chat would stop within `answer`, one that `turns` gave."""

@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import socket
+import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -149,10 +150,18 @@ def main(argv: list[str]) -> int:
         memory_bytes=args.state_memory,
         shelf=None if args.state_dir is None else open_shelf(args.state_dir, args.state_disk),
     )
+    template = ChatTemplate.load(checkpoint.path, checkpoint.tokenizer)
+    changed = template.rewrites()
+    if changed:
+        print(
+            f"the chat template of {name} rewrites the past, so conversations are read again "
+            f"instead of gone on with: {changed}",
+            file=sys.stderr,
+        )
     app = create_app(
         engine,
         name,
-        template=ChatTemplate.load(checkpoint.path, checkpoint.tokenizer),
+        template=template,
         store=store,
         keys=keys,
         hosts=hosts,

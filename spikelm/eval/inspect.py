@@ -17,6 +17,7 @@ from spikelm.eval.evaluate import score, token_stream
 from spikelm.eval.traffic import Matrix, num_parameters, weight_bytes, weight_traffic
 from spikelm.models.spikelm import LanguageModel
 from spikelm.neurons import Neuron
+from spikelm.template import ChatTemplate
 
 MEASURED_TOKENS = 4096
 MEASURED_BYTES = 2**18
@@ -70,6 +71,7 @@ def inspect(
         "weight_bytes_read_per_token": traffic.num_bytes * (1 - skipped),
         "other_bytes_per_token": traffic.other_bytes,
         "state": describe_state(model),
+        "chat_template_rewrites": ChatTemplate.load(loaded.path, loaded.tokenizer).rewrites(),
     }
 
 

@@ -130,6 +130,7 @@ def inspection_table(report: Mapping[str, Any]) -> str:
         ["read per token", f"{size(read)} of {size(total)}, {percent(1 - read / total)} skipped"],
         ["  of it always", f"{size(other)}: norms, biases, thresholds, one embedding row"],
         *_state_rows(report["state"]),
+        *([["chat template", rewrites]] if (rewrites := report["chat_template_rewrites"]) else []),
     ]
     return f"{aligned(rows, left=5)}\n\n{aligned(totals, left=2)}"
 

@@ -144,3 +144,37 @@ def test_templates_may_ask_for_the_date() -> None:
     text = ChatTemplate("{{ strftime_now('%Y') }}").render(TALK)
     assert re.fullmatch("[0-9]{4}", text)
     assert int(text) >= datetime(2024, 1, 1).year
+
+
+THINKING = """\
+{%- for m in messages %}<{{ m.role }}>
+{%- if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}
+{%- else %}{{ m.content }}{% endif %}
+{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (None, None),
+        (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>",
+            "changed by",
+        ),
+        ("{{ messages[-1].content }}", "of 1 messages is changed by another"),
+        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "changed by"),
+        (THINKING, "messages is changed by another"),
+        ("{% if messages | length > 1 %}{{ raise_exception('one only') }}{% endif %}Hi", None),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}"
+            "{% if not add_generation_prompt %}.{% endif %}",
+            "changed",
+        ),
+    ],
+)
+def test_whether_a_template_rewrites_the_past(source: str | None, found: str | None) -> None:
+    said = ChatTemplate(source).rewrites()
+    assert (said is None) == (found is None)
+    if found:
+        assert found in str(said)
