@@ -245,10 +245,9 @@ class Program:
         start, size = self._logits
         logits = torch.empty(B, size)
         counters = np.zeros((rows, len(Counts._fields)), np.int64)
-        starts = [0, *itertools.accumulate(-(-abs(size) // 8) for size in self._lists)]
         fired = None
         if watch is not None and watch.bits:
-            fired = np.zeros((rows, starts[-1]), np.uint8)
+            fired = np.zeros((rows, self._bits_at()[-1]), np.uint8)
         tokens = tokens.contiguous()
         positions = states[0].position
         if len(states) > 1:
@@ -291,11 +290,15 @@ class Program:
         if watch is not None:
             watch.counts = [Counts(*row) for row in counters.tolist()]
         if watch is not None and fired is not None:
-            bits = np.unpackbits(fired, axis=1, bitorder="little").astype(bool)
+            bits, starts = np.unpackbits(fired, axis=1, bitorder="little"), self._bits_at()
             for name, number in self._neurons.items():
                 start = 8 * starts[number]
-                watch.fired[name] = bits[:, start : start + self._lists[number]]
+                watch.fired[name] = bits[:, start : start + self._lists[number]].astype(bool)
         return logits, Counts(*counters.sum(0).tolist())
+
+    def _bits_at(self) -> Sequence[int]:
+        """Where native code puts the bits of each list, in bytes, and how many there are."""
+        return [0, *itertools.accumulate(-(-abs(size) // 8) for size in self._lists)]
 
     def _bind(self, states: Sequence[State], tokens: int) -> None:
         """Looks up the addresses of the states' tensors, unless they are those of the last call;
