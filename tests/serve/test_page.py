@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import json
 import re
 import shutil
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ from spikelm_serve.page import FOLDER, KINDS
 
 Serve = Callable[..., httpx.Client]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-PATHS = {"/": "text/html", "/static/style.css": "text/css", "/static/app.js": "text/javascript"}
+PATHS = {"/": "text/html", **{f"/static/{name}": kind for name, kind in KINDS.items()}}
 
 
 @pytest.mark.parametrize(("path", "kind"), PATHS.items())
@@ -49,7 +54,7 @@ def test_a_file_refers_to_no_other_origin(name: str) -> None:
     text = (FOLDER / name).read_text(encoding="utf-8")
     # A name, at which nobody looks.
     text = text.replace('xmlns="http://www.w3.org/2000/svg"', "")
-    assert not re.findall(r"(?:https?:|wss?:|data:[a-z,]|\burl\(|@import|[\"'(]//)", text)
+    assert not re.findall(r"(?:https?:|\bwss?:|data:[a-z,]|\burl\(|@import|[\"'(]//)", text)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -64,7 +69,7 @@ def test_the_page_has_no_inline_code_or_style() -> None:
     assert not re.findall(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", text)
     names = re.findall(r'\sid="([^"]+)"', text)
     assert len(names) == len(set(names))
-    script = (FOLDER / "app.js").read_text(encoding="utf-8")
+    script = "".join(path.read_text(encoding="utf-8") for path in FOLDER.glob("*.js"))
     # `show-${name}` and the like are not found by this.
     assert set(re.findall(r'\$\("([^"]+)"\)', script)) <= set(names)
 
@@ -83,9 +88,9 @@ def browser() -> Iterator[Any]:
 class Page:
     """A page that is open in the browser, and what its console said."""
 
-    def __init__(self, browser: Any, url: str) -> None:
+    def __init__(self, context: Any, url: str) -> None:
         self.problems: list[str] = []
-        self.page = browser.new_page()
+        self.page = context.new_page()
         self.page.set_default_timeout(10_000)
         self.page.on("console", self._heard)
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
@@ -103,6 +108,16 @@ class Page:
         self.page.press("#input", "Enter")
         self.done()
 
+    def ask(self, text: str, *, until: str) -> None:
+        """Leaves the answer running, which has that text already."""
+        self.page.fill("#input", text)
+        self.page.press("#input", "Enter")
+        self.page.locator(".turn:last-child .answer", has_text=until).wait_for()
+
+    def reload(self) -> None:
+        self.page.reload()
+        self.page.locator("#model:not(:empty)").wait_for()
+
     def done(self) -> None:
         """Waits for the end of an answer."""
         self.page.wait_for_selector("#stop", state="hidden")
@@ -117,21 +132,21 @@ class Page:
 
 @pytest.fixture
 def open_page(browser: Any) -> Iterator[Callable[[httpx.Client], Page]]:
-    pages = []
+    contexts = []
 
     def open_page(client: httpx.Client) -> Page:
-        pages.append(Page(browser, str(client.base_url)))
-        return pages[-1]
+        contexts.append(browser.new_context())
+        return Page(contexts[-1], str(client.base_url))
 
     yield open_page
-    for page in pages:
-        page.page.close()
+    for context in contexts:
+        context.close()
 
 
 def asked(page: Page) -> list[Any]:
     """The bodies of the chat requests from now on."""
     found: list[Any] = []
-    page.page.on("request", lambda r: found.append(r.post_data_json) if "chat" in r.url else None)
+    page.page.on("request", lambda r: found.append(r.post_data_json) if "/chat/" in r.url else None)
     return found
 
 
@@ -201,10 +216,10 @@ def test_an_answer_is_stopped_and_what_was_said_stays(
     serve: Serve, make_engine: Callable[..., Any], open_page: Callable[[httpx.Client], Page]
 ) -> None:
     page = open_page(serve(make_engine("word " * 200, delay=0.02)))
-    page.page.fill("#input", "hello")
-    page.page.press("#input", "Enter")
-    page.page.locator(".answer", has_text="word word").wait_for()
-    page.page.keyboard.press("Escape")
+    page.ask("hello", until="word word")
+    with page.page.expect_response(lambda r: r.request.method == "DELETE") as told:
+        page.page.keyboard.press("Escape")
+    assert told.value.json()["cancelled"]
     page.done()
     assert page.text(".note") == "Stopped."
     assert page.text(".answer").startswith("word ")
@@ -266,3 +281,346 @@ def test_markup_in_an_answer_is_text(
     assert page.text(".answer") == hostile
     assert page.page.locator("#chat img, #chat b").count() == 0
     assert page.problems == []
+
+
+@pytest.fixture
+def held(make_engine: Callable[..., Any]) -> Iterator[tuple[Any, threading.Event]]:
+    """An engine that reads no prompt before the event."""
+    engine = make_engine("word " * 200, delay=0.01)
+    goes_on, prefill = threading.Event(), engine.prefill
+    engine.prefill = lambda *args: (goes_on.wait(10), prefill(*args))[1]
+    yield engine, goes_on
+    goes_on.set()
+
+
+def test_an_answer_is_stopped_before_it_begins(
+    serve: Serve,
+    held: tuple[Any, threading.Event],
+    open_page: Callable[[httpx.Client], Page],
+) -> None:
+    engine, goes_on = held
+    page = open_page(serve(engine))
+    page.page.fill("#input", "hello")
+    page.page.press("#input", "Enter")
+    page.page.keyboard.press("Escape")
+    page.page.locator(".turn", has_text="Stopping").wait_for()
+    with page.page.expect_response(lambda r: r.request.method == "DELETE") as told:
+        goes_on.set()
+    assert told.value.json()["cancelled"]
+    page.done()
+    assert page.texts(".turn") == []
+    assert page.page.input_value("#input") == "hello"
+    assert page.problems == []
+
+
+def fired(client: httpx.Client, body: dict[str, Any]) -> list[dict[str, tuple[int, int]]]:
+    """Per step, of how many neurons how many fired, by name."""
+    text = client.post("/v1/chat/completions", json=body).text
+    lines = [
+        line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")
+    ]
+    steps = [
+        step
+        for line in lines
+        for choice in json.loads(line)["choices"]
+        for step in choice.get("spikes", [])
+    ]
+    return [
+        {
+            part["neurons"]: (
+                sum(byte.bit_count() for byte in base64.b64decode(part["bits"])),
+                part["size"],
+            )
+            for part in step["fired"]
+        }
+        for step in steps
+    ]
+
+
+def test_who_fired_is_shown(
+    serve: Serve, coded_engine: Any, open_page: Callable[[httpx.Client], Page]
+) -> None:
+    client = serve(coded_engine)
+    page = open_page(client)
+    bodies = asked(page)
+    page.page.locator("#spikes-note", has_text="The next answer shows here who fires.").wait_for()
+    page.page.fill("[name=max_tokens]", "8")
+    page.page.fill("[name=seed]", "1")
+    page.say("one")
+    assert bodies[0]["return_spikes"] is True
+    steps = fired(client, bodies[0])
+    last = steps[-1]
+    label = f"{len(last)} populations, {len(steps)} tokens. Last token: Layer 0 "
+    page.page.locator(f"#map[aria-label*='{label}']").wait_for()
+    assert page.text("#spikes-note") == ""
+    for name, (number, size) in last.items():
+        told = f"{name}: {number} of {size} neurons fired at the last token; "
+        [canvas] = page.page.locator(f"#layers canvas[aria-label^='{told}']").all()
+        silent = float(canvas.get_attribute("aria-label").removeprefix(told).partition(" ")[0])
+        all_fired = sum(step[name][0] for step in steps)
+        assert silent == pytest.approx(100 - 100 * all_fired / (len(steps) * size), abs=0.06)
+    assert re.fullmatch(r"\d+\.\d %", page.text("#silent-last"))
+    assert re.fullmatch(r"\d+\.\d %", page.text("#silent-all"))
+    if coded_engine.program is not None:
+        assert "kB" in page.text("#read-all")
+    # A column per token: the last one has colour, the next has none yet.
+    opacity = """([canvas, x]) => Math.max(...canvas.getContext("2d")
+        .getImageData(x, 0, 1, canvas.height).data.filter((_, i) => i % 4 === 3))"""
+    plot = page.page.locator("#map").element_handle()
+    assert page.page.evaluate(opacity, [plot, len(steps) - 1]) > 0
+    assert page.page.evaluate(opacity, [plot, len(steps)]) == 0
+
+    page.page.focus("#map")
+    page.page.keyboard.press("ArrowDown")
+    page.page.keyboard.press("ArrowLeft")
+    name, (number, size) = next(iter(steps[-2].items()))
+    page.page.locator("#map-cell", has_text=f"{name}, token {len(steps)}: ").wait_for()
+    share = float(page.text("#map-cell").split()[-3])
+    assert share == pytest.approx(100 * number / size, abs=0.8)
+    assert page.problems == []
+
+    # Switched off it asks for nothing, also after a reload.
+    page.page.uncheck("#show-spikes")
+    page.page.wait_for_selector("#fired", state="hidden")
+    page.reload()
+    assert not page.page.is_checked("#show-spikes")
+    bodies = asked(page)
+    page.say("two")
+    assert "return_spikes" not in bodies[0]
+    page.page.check("#show-spikes")
+    page.page.locator("#spikes-note", has_text="came while spikes were not shown").wait_for()
+    page.page.get_by_role("treeitem").nth(1).click()
+    page.page.wait_for_selector("#fired", state="visible")
+
+
+def test_a_model_that_does_not_tell_who_fired(
+    serve: Serve, make_engine: Callable[..., Any], open_page: Callable[[httpx.Client], Page]
+) -> None:
+    page = open_page(serve(make_engine("hello")))
+    page.say("hi")
+    page.page.locator("#spikes-note", has_text="This model does not tell who fired.").wait_for()
+    assert "%" not in page.text("#silent-all")
+    assert not page.page.is_visible("#fired, #populations")
+    assert page.problems == []
+
+
+def test_the_tree_outlives_a_reload_until_it_is_forgotten(
+    serve: Serve, coded_engine: Any, open_page: Callable[[httpx.Client], Page]
+) -> None:
+    page = open_page(serve(coded_engine))
+    page.page.fill("[name=max_tokens]", "8")
+    page.say("one")
+    page.page.fill("#name", "mine")
+    page.page.press("#name", "Enter")
+    page.page.wait_for_selector(".saved")
+    page.say("two")
+    page.page.get_by_role("treeitem").nth(1).click()
+    page.say("three")
+    seen = ["#tree", "#chat", "#measured"]
+    before = [page.text(selector) for selector in seen]
+    page.reload()
+    assert [page.text(selector) for selector in seen] == before
+    page.page.wait_for_selector("#fired", state="visible")
+    bodies = asked(page)
+    page.say("four")
+    assert page.texts(".message") == ["one", "three", "four"]
+    assert bodies[0]["state"]["from"].startswith("st_")
+    assert page.problems == []
+
+    page.page.click("#forget")
+    assert page.text("#forget") == "Forget all?"
+    page.page.focus("#input")
+    assert page.text("#forget") == "Forget"
+    assert page.page.get_by_role("treeitem").count() == 5
+    page.page.click("#forget")
+    page.page.click("#forget")
+    assert page.page.get_by_role("treeitem").count() == 1
+    assert "three" not in str(page.page.evaluate("JSON.stringify(localStorage)"))
+    page.reload()
+    assert page.page.get_by_role("treeitem").count() == 1
+
+
+FORBIDDEN = "Storage.prototype.setItem = () => { throw new DOMException('no', 'SecurityError'); };"
+FULL = """
+const setItem = Storage.prototype.setItem;
+Storage.prototype.setItem = function (name, value) {
+  if (value.length > 4000) throw new DOMException("full", "QuotaExceededError");
+  setItem.call(this, name, value);
+};
+"""
+
+
+@pytest.mark.parametrize("script", [FORBIDDEN, FULL])
+def test_storage_that_is_forbidden_or_full(
+    serve: Serve,
+    make_engine: Callable[..., Any],
+    open_page: Callable[[httpx.Client], Page],
+    script: str,
+) -> None:
+    page = open_page(serve(make_engine("hello")))
+    page.page.add_init_script(script)
+    page.reload()
+    for message in "123456":
+        page.page.click("#new")
+        page.say(message)
+    page.page.get_by_role("treeitem").nth(2).click()
+    assert page.page.get_by_role("treeitem").count() == 7
+    page.reload()
+    found = page.texts(".item .asked")[1:]
+    if script == FORBIDDEN:
+        assert found == []
+    else:
+        # The one that was current, and the newest of the others.
+        assert page.texts(".message") == found[:1] == ["2"]
+        assert 2 <= len(found) < 6
+        assert "123456".endswith("".join(found[1:]))
+    assert page.problems == []
+
+
+def test_what_another_program_stored_does_no_harm(
+    serve: Serve, make_engine: Callable[..., Any], open_page: Callable[[httpx.Client], Page]
+) -> None:
+    page = open_page(serve(make_engine("hello")))
+    page.say("one")
+    for value in ("{", "null", '{"version": 1}', '{"version": 1, "turns": [null, {"parent": 5}]}'):
+        store = "v => { for (const k of Object.keys(localStorage)) localStorage[k] = v; }"
+        page.page.evaluate(store, value)
+        page.reload()
+        page.say("hi")
+        assert page.texts(".answer") == ["hello"]
+    assert page.problems == []
+
+
+def test_two_tabs_add_to_one_tree(
+    serve: Serve, make_engine: Callable[..., Any], open_page: Callable[[httpx.Client], Page]
+) -> None:
+    client = serve(make_engine("hello"))
+    page = open_page(client)
+    page.say("one")
+    other = Page(page.page.context, str(client.base_url))
+    assert other.texts(".message") == ["one"]
+    page.say("two")
+    other.say("three")
+    page.reload()
+    assert page.texts(".item .asked") == ["Beginning", "one", "two", "three"]
+    assert page.problems == other.problems == []
+
+
+class Relay:
+    """Passes connections on to a server; the first that brings `until` is cut off there."""
+
+    def __init__(self, port: int, until: bytes) -> None:
+        self.port, self._until, self._is_cut = port, until, False
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self.port))
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self._pass, args=pair, daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            seen = b""
+            while data := source.recv(1 << 16):
+                seen += data
+                if self._until in seen and not self._is_cut:
+                    self._is_cut = True
+                    sink.sendall(data[: -len(seen.partition(self._until)[2]) or None])
+                    break
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+
+WORDS = "".join(f"word{i} " for i in range(30))
+
+
+def test_a_lost_connection_is_taken_up_again(
+    serve: Serve, make_engine: Callable[..., Any], open_page: Callable[[httpx.Client], Page]
+) -> None:
+    client = serve(make_engine(WORDS, delay=0.005))
+    relay = Relay(client.base_url.port or 0, until=b"id: 20\n")
+    page = open_page(httpx.Client(base_url=relay.url))
+    wanted: list[tuple[str, str]] = []
+    may_pass = False
+
+    def pass_or_refuse(route: Any) -> None:
+        wanted.append((route.request.method, route.request.headers["last-event-id"]))
+        route.continue_() if may_pass else route.abort()
+
+    page.page.route("**/v1/streams/*", pass_or_refuse)
+    page.page.fill("#input", "hello")
+    page.page.press("#input", "Enter")
+    page.page.locator(".turn", has_text="Connection lost, trying again").wait_for()
+    may_pass = True
+    page.done()
+    assert page.text(".answer") == WORDS.strip()
+    assert page.texts(".note") == []
+    assert not page.page.is_visible("#alert")
+    assert set(wanted) == {("GET", "19")}
+    relay.close()
+
+
+@pytest.mark.parametrize("is_crash", [False, True])
+def test_an_answer_outlives_a_reload(
+    serve: Serve,
+    make_engine: Callable[..., Any],
+    open_page: Callable[[httpx.Client], Page],
+    is_crash: bool,
+) -> None:
+    page = open_page(serve(make_engine(WORDS, delay=0.005)))
+    page.say("before")
+    page.ask("hello", until="word7")
+    if is_crash:
+        # The page does not get to note how far it was: the answer comes from its beginning.
+        stop = "addEventListener('pagehide', (event) => event.stopImmediatePropagation(), true)"
+        page.page.evaluate(stop)
+    page.reload()
+    page.page.locator(".turn:nth-child(2) .facts").wait_for()
+    assert page.texts(".answer") == [WORDS.strip()] * 2
+    assert page.texts(".note") == []
+    assert "tokens/s" in page.text("#speed")
+    page.reload()
+    assert page.texts(".answer") == [WORDS.strip()] * 2
+    assert page.problems == []
+
+
+def test_a_message_outlives_a_reload_before_its_answer_begins(
+    serve: Serve,
+    held: tuple[Any, threading.Event],
+    open_page: Callable[[httpx.Client], Page],
+) -> None:
+    page = open_page(serve(held[0]))
+    page.page.fill("#input", "hello")
+    page.page.press("#input", "Enter")
+    page.reload()
+    assert page.texts(".turn") == []
+    assert page.page.input_value("#input") == "hello"
+    assert page.problems == []
+
+
+def test_an_answer_that_is_gone_after_a_reload_is_cut_off(
+    serve: Serve, make_engine: Callable[..., Any], open_page: Callable[[httpx.Client], Page]
+) -> None:
+    page = open_page(serve(make_engine(WORDS, delay=0.005)))
+    page.ask("hello", until="word7")
+    error = {"error": {"message": "no stream", "code": "stream_not_found"}}
+    page.page.route("**/v1/streams/*", lambda route: route.fulfill(status=404, json=error))
+    page.reload()
+    page.page.locator(".note").wait_for()
+    assert page.text(".note") == "Cut off: the server does not have the rest."
+    assert "word7" in page.text(".answer")
+    assert not page.page.is_visible("#alert")
+    page.say("and now?")
+    assert page.texts(".message") == ["hello", "and now?"]

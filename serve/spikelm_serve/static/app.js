@@ -6,141 +6,16 @@
 //
 // What the model says is hostile input: it reaches the page as text nodes, never as markup.
 
-const $ = (id) => document.getElementById(id);
+import { $, count, element, recall, recallJson, remember, tokens } from "./base.js";
+import { call, ConnectionError, events, pause } from "./server.js";
+import { redraw, showSpikes, Spikes } from "./spikes.js";
+import { forget, restore, root, store, Turn, turnOf } from "./tree.js";
 
-function element(tag, properties = {}, ...children) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
-}
+const PAUSES = [0.5, 1, 2, 4, 8, 15]; // seconds before each try to reach a lost answer again
 
-// ---------------------------------------------------------------- what the browser remembers
-
-// Browsers can forbid storage; the page then works without a memory.
-function recall(area, name) {
-  try {
-    return window[area].getItem(`spikelm.${name}`);
-  } catch {
-    return null;
-  }
-}
-
-function remember(area, name, value) {
-  try {
-    window[area].setItem(`spikelm.${name}`, value);
-  } catch {
-    // See `recall`.
-  }
-}
-
-// ---------------------------------------------------------------- the server
-
-class ServerError extends Error {
-  constructor({ message, code, param } = {}) {
-    super(message || "the server gave no reason");
-    this.code = code;
-    this.param = param;
-  }
-
-  // The state that was named is gone, or this model's template cannot go on from it.
-  get isAboutState() {
-    return this.code === "state_not_found" || this.param === "state.from";
-  }
-}
-
-// Paths are relative: the page also works behind a proxy that puts it into a folder.
-async function call(path, { body, signal } = {}) {
-  const headers = {};
-  const key = $("key").value.trim();
-  if (key) headers.Authorization = `Bearer ${key}`;
-  if (body) headers["Content-Type"] = "application/json";
-  const options = { method: body ? "POST" : "GET", headers, body: JSON.stringify(body), signal };
-  let response;
-  try {
-    response = await fetch(path, options);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ServerError({ message: `the server cannot be reached (${error.message})` });
-  }
-  if (response.ok) return response;
-  // A proxy may answer with something other than the server's JSON.
-  const given = await response.json().catch(() => null);
-  throw new ServerError(given?.error ?? { message: `${response.status} ${response.statusText}` });
-}
-
-// The data of server-sent events, until `[DONE]`.
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let unread = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new ServerError({ message: "the connection was cut before the answer ended" });
-    const blocks = (unread + value).split("\n\n");
-    unread = blocks.pop();
-    for (const block of blocks) {
-      // Anything else is a comment: ": ping".
-      if (!block.startsWith("data: ")) continue;
-      const data = block.slice("data: ".length);
-      if (data === "[DONE]") return;
-      const event = JSON.parse(data);
-      if (event.error) throw new ServerError(event.error);
-      yield event;
-    }
-  }
-}
-
-// ---------------------------------------------------------------- the tree
-
-class Turn {
-  static count = 0;
-
-  constructor(parent, message = "", system = "") {
-    this.parent = parent;
-    this.children = [];
-    this.message = message;
-    this.system = system;
-    this.answer = "";
-    this.state = null; // the id of the server's state after the answer
-    this.seed = null;
-    this.finish = null;
-    this.firstTokenMs = null;
-    this.result = null; // the last event: usage, timings, state
-    this.name = null;
-    this.saved = false;
-    this.note = "";
-    this.id = `turn-${Turn.count++}`;
-    parent?.children.push(this);
-  }
-
-  // From the first turn to this one, without the root.
-  get path() {
-    const found = [];
-    for (let turn = this; turn.parent; turn = turn.parent) found.unshift(turn);
-    return found;
-  }
-
-  get asked() {
-    const system = this.system ? [{ role: "system", content: this.system }] : [];
-    return [...system, { role: "user", content: this.message }];
-  }
-
-  // The whole conversation up to this turn's message.
-  get conversation() {
-    const before = this.parent.path.flatMap((turn) => [
-      ...turn.asked,
-      { role: "assistant", content: turn.answer },
-    ]);
-    return [...before, ...this.asked];
-  }
-
-  leave() {
-    this.parent.children = this.parent.children.filter((turn) => turn !== this);
-  }
-}
-
-const root = new Turn(null);
 let current = root; // the turn that the next message goes on from
-let running = null; // the answer that is being streamed: {turn, controller, started, text, status}
+let running = null; // the answer that is being streamed, see `run`
+let isLeaving = false; // whether the page is being closed
 
 // ---------------------------------------------------------------- asking
 
@@ -176,15 +51,7 @@ function controlsAreValid() {
 }
 
 // Streams the answer of a new turn. One that brought nothing is taken back, to `before`.
-async function answer(turn, before) {
-  const controller = new AbortController();
-  running = { turn, controller, started: 0, text: null, status: null };
-  current = turn;
-  closePanels();
-  showAlert("");
-  $("spoken").textContent = "";
-  showAll();
-  scrollToEnd();
+function answer(turn, before) {
   const fields = sampling();
   // The seed is chosen here, so that an answer can be repeated. With a fixed one, another answer
   // to the same message takes the next.
@@ -192,81 +59,211 @@ async function answer(turn, before) {
   const twins = turn.parent.children.filter((other) => other.message === turn.message).length - 1;
   turn.seed = fields.seed === undefined ? given : given + twins;
   fields.seed = turn.seed;
-  running.started = performance.now();
-  let failure = null;
-  try {
-    await stream(turn, fields, turn.parent.state);
-  } catch (error) {
-    failure = error;
-  }
-  if (failure?.isAboutState && turn.parent.state && !turn.answer) {
-    turn.note = `Sent the whole branch again: ${failure.message}.`;
-    turn.parent.state = null;
-    failure = await stream(turn, fields, null).catch((error) => error);
-  }
+  const isAsked = $("show-spikes").checked;
+  turn.spikes = isAsked ? new Spikes() : null;
+  if (isAsked) fields.return_spikes = true;
+  run(turn, before, async () => {
+    running.started = performance.now();
+    try {
+      await ask(turn, fields, turn.parent.state);
+    } catch (error) {
+      if (!error.isAboutState || !turn.parent.state || turn.answer) throw error;
+      turn.note = `Sent the whole branch again: ${error.message}.`;
+      turn.parent.state = null;
+      await ask(turn, fields, null);
+    }
+  });
+}
+
+// Shows an answer that is running, and does what makes it.
+async function run(turn, before, work, { stream = null, last = null } = {}) {
+  running = {
+    turn,
+    controller: new AbortController(),
+    stream, // its name on the server, once that has said it
+    last, // the number of the last event that was taken
+    isStopped: false,
+    started: null, // when it was asked for, by performance.now()
+    text: null, // where its text is shown
+    status: null,
+  };
+  current = turn;
+  closePanels();
+  showAlert("");
+  $("spoken").textContent = "";
+  showAll();
+  scrollToEnd();
+  keepRunning();
+  const failure = await work().then(
+    () => null,
+    (error) => error,
+  );
   // Ends the request in any case, also where an error left its stream unread.
-  controller.abort();
+  running.controller.abort();
   running = null;
+  // A reload makes requests fail too, while the page still runs.
+  if (!isLeaving) remember("sessionStorage", "running", null);
   finished(turn, before, failure);
 }
 
-async function stream(turn, fields, from) {
+async function ask(turn, fields, from) {
   const body = {
     ...fields,
     messages: from ? turn.asked : turn.conversation,
     stream: true,
-    stream_options: { include_usage: true },
+    stream_options: { include_usage: true, resumable: true },
     return_progress: true,
   };
   if (from) body.state = { from };
   const { signal } = running.controller;
-  const response = await call("v1/chat/completions", { body, signal });
-  for await (const event of events(response)) {
-    const { delta, finish_reason } = event.choices?.[0] ?? {};
-    if (event.prompt_progress) showProgress(event.prompt_progress);
-    if (delta?.content) {
-      turn.firstTokenMs ??= performance.now() - running.started;
-      turn.answer += delta.content;
-      showMore(delta.content);
+  await follow(await call("v1/chat/completions", { body, signal }));
+}
+
+// Reads an answer to its end, over as many connections as that takes.
+async function follow(response) {
+  const { signal } = running.controller;
+  for (let lost = 0; ; lost++) {
+    try {
+      response ??= await goOn(signal);
+      for await (const { number, event } of events(response)) {
+        lost = 0;
+        take(running.turn, event);
+        running.last = number;
+        // More may be here already than what ended it.
+        signal.throwIfAborted();
+      }
+      return;
+    } catch (error) {
+      const isLost = error instanceof ConnectionError && running.stream;
+      if (!isLost || lost === PAUSES.length) throw error;
     }
-    turn.finish = finish_reason ?? turn.finish;
-    if (event.timings) turn.result = event;
-    // Only behind a whole message can a conversation go on.
-    if (event.state?.role === "assistant") turn.state = event.state.id;
+    running.status.textContent = "Connection lost, trying again";
+    $("spoken").textContent = running.status.textContent;
+    await pause(PAUSES[lost], signal);
+    response = null;
   }
+}
+
+// The events behind the last one that came; all of them if none did.
+async function goOn(signal) {
+  const headers = running.last === null ? {} : { "Last-Event-ID": running.last };
+  const response = await call(`v1/streams/${running.stream}`, { headers, signal });
+  running.status.textContent = "";
+  return response;
+}
+
+function take(turn, event) {
+  if (!running.stream) {
+    running.stream = event.id;
+    keepRunning();
+    if (running.isStopped) return endStream();
+  }
+  const { delta, finish_reason, spikes } = event.choices?.[0] ?? {};
+  if (event.prompt_progress) showProgress(event.prompt_progress);
+  if (delta?.content) {
+    if (running.started !== null) turn.firstTokenMs ??= performance.now() - running.started;
+    turn.answer += delta.content;
+    showMore(delta.content);
+  }
+  for (const step of spikes ?? []) turn.spikes?.add(step);
+  if (spikes && turn === current) showSpikes(turn, true);
+  turn.finish = finish_reason ?? turn.finish;
+  if (event.timings) {
+    const { usage, timings, cache_miss, state_bytes, spikes } = event;
+    const state = event.state && { tokens: event.state.tokens };
+    turn.result = { usage, timings, cache_miss, state_bytes, spikes, state };
+  }
+  // Only behind a whole message can a conversation go on.
+  if (event.state?.role === "assistant") turn.state = event.state.id;
+}
+
+// Closing the connection does not end an answer that can be resumed: the server is told, as soon
+// as its name is known. Who presses again does not want to wait for that.
+function stop() {
+  if (!running) return;
+  if (running.stream || running.isStopped) endStream();
+  else running.status.textContent = "Stopping";
+  running.isStopped = true;
+}
+
+function endStream() {
+  const { stream, controller } = running;
+  // Where it is not reached, the answer ends when nobody has read it for a minute.
+  if (stream) call(`v1/streams/${stream}`, { method: "DELETE" }).catch(() => {});
+  controller.abort();
 }
 
 function finished(turn, before, failure) {
   const wasStopped = failure?.name === "AbortError";
-  if (failure && !wasStopped) showAlert(failure.message);
-  if (failure && !turn.answer) {
+  if (failure && !wasStopped && !failure.isAboutStream) showAlert(failure.message);
+  if (failure && !turn.isThere) {
+    // It was removed while it came.
+  } else if (failure && !turn.answer && before) {
     turn.leave();
     if (current === turn) current = before;
     // A message that was typed, not an answer asked for again, goes back to where it was typed.
-    if (before === turn.parent && !$("input").value) $("input").value = turn.message;
-    fitInput();
+    if (before === turn.parent) giveBack(turn.message);
   } else if (failure) {
-    turn.note = wasStopped ? "Stopped." : `Cut off: ${failure.message}.`;
+    const reason = failure.isAboutStream ? "the server does not have the rest" : failure.message;
+    turn.note = wasStopped ? "Stopped." : `Cut off: ${reason}.`;
   }
   $("spoken").textContent = failure ? turn.note : turn.answer;
   const follows = isAtEnd();
   showAll();
   if (follows) scrollToEnd();
-  pollSilence();
+  keep();
 }
 
-async function pollSilence() {
-  let text = "";
-  try {
-    text = await (await call("metrics")).text();
-  } catch {
-    // Only this number is missing then.
+// ---------------------------------------------------------------- over a reload
+
+function keep() {
+  store(current, running?.turn);
+}
+
+// What a reload needs to go on with the answer that is running. Only this tab does that, so the
+// turn is not stored with the tree before it has ended.
+function keepRunning() {
+  const { turn, stream, last } = running;
+  const record = `{"turn":${turn.record(true)},"stream":${JSON.stringify(stream)},"last":${last}}`;
+  remember("sessionStorage", "running", record);
+}
+
+function resume() {
+  const kept = recallJson("sessionStorage", "running");
+  if (running || !kept?.turn) return;
+  remember("sessionStorage", "running", null);
+  const parent = turnOf(kept.turn.parent);
+  if (!parent || turnOf(kept.turn.id)) return;
+  if (!kept.stream) {
+    // Nobody knows how to ask for the answer.
+    goTo(parent);
+    giveBack(kept.turn.message);
+    return;
   }
-  const found = text.match(/^spikelm_silent_fraction (\S+)$/m);
-  const fraction = found ? Number(found[1]) : 0;
-  // 0 also stands for a model that was not measured.
-  $("silent").textContent = fraction ? `${(fraction * 100).toFixed(1)} %` : "–";
-  $("silent-bar").value = fraction;
+  run(Turn.from(kept.turn, parent), null, () => follow(null), kept);
+}
+
+function giveBack(message) {
+  if (!$("input").value) $("input").value = message;
+  fitInput();
+}
+
+let isSure = false; // whether "Forget" has been pressed once
+
+function forgetAll() {
+  askForget(!isSure);
+  if (isSure) return;
+  stop();
+  forget();
+  goTo(root);
+  $("input").focus();
+}
+
+function askForget(isAsking) {
+  isSure = isAsking;
+  $("forget").textContent = isSure ? "Forget all?" : "Forget";
+  $("forget").classList.toggle("danger", isSure);
+  if (isSure) $("spoken").textContent = "Press again to forget the whole tree";
 }
 
 async function showModel() {
@@ -275,6 +272,10 @@ async function showModel() {
     $("model").textContent = data[0].id;
     document.title = `${data[0].id} – spikelm`;
     showAlert("");
+    const last = restore(data[0]);
+    if (current === root && !running) goTo(last);
+    else showAll();
+    resume();
   } catch (error) {
     $("model").textContent = "";
     showAlert(error.message);
@@ -287,6 +288,7 @@ function goTo(turn) {
   current = turn;
   showAll();
   scrollToEnd();
+  keep();
 }
 
 // The message goes back into the input; sent from the turn before, it starts a branch.
@@ -389,7 +391,7 @@ function showMore(text) {
   const follows = isAtEnd();
   running.text.appendData(text);
   running.status.textContent = "";
-  $("first").textContent = milliseconds(running.turn.firstTokenMs);
+  if (running.turn === current) $("first").textContent = milliseconds(running.turn.firstTokenMs);
   if (follows) scrollToEnd();
 }
 
@@ -499,6 +501,7 @@ function showBranch() {
   $("name").value = current.name ?? "";
   $("name").disabled = $("save").disabled = !current.state;
   $("remove").disabled = current === root;
+  $("forget").disabled = !root.children.length;
 }
 
 async function save() {
@@ -510,6 +513,7 @@ async function save() {
     turn.saved = true;
     showAlert("");
     showTree();
+    keep();
   } catch (error) {
     showAlert(error.message);
   }
@@ -519,18 +523,17 @@ async function save() {
 function remove(turn) {
   const behind = turn.children.length ? " and all that follows it" : "";
   if (turn === root || !confirm(`Remove “${turn.message.slice(0, 60)}”${behind}?`)) return;
-  if (running?.turn.path.includes(turn)) running.controller.abort();
+  if (running?.turn.path.includes(turn)) stop();
   const wasCurrent = current.path.includes(turn);
   turn.leave();
   focused = turn.parent;
   if (wasCurrent) goTo(turn.parent);
   else showTree();
+  keep();
 }
 
 // ---------------------------------------------------------------- measurements
 
-const count = (number) => number.toLocaleString("en");
-const tokens = (number) => `${count(number)} ${number === 1 ? "token" : "tokens"}`;
 const rate = (timings) => count(Math.round(timings.predicted_per_second));
 const milliseconds = (number) => (number === null ? "–" : `${count(Math.round(number))} ms`);
 
@@ -551,6 +554,7 @@ function showMeasured() {
   $("miss").textContent = cache_miss ? (MISSES[cache_miss] ?? cache_miss) : "";
   $("bytes").textContent = state_bytes ? `${count(state_bytes)} bytes` : "–";
   showGrowth();
+  showSpikes(current, current === running?.turn);
 }
 
 // The bytes of the state over the tokens it has read, as they were measured along this branch.
@@ -579,21 +583,19 @@ function growth(points) {
 // ---------------------------------------------------------------- controls, theme, panels
 
 function restoreControls() {
-  let stored = {};
-  try {
-    stored = JSON.parse(recall("localStorage", "controls")) ?? {};
-  } catch {
-    // Written by something else: the defaults then.
-  }
+  const stored = recallJson("localStorage", "controls") ?? {};
   for (const field of $("controls").elements) {
-    if (field.name && typeof stored[field.name] === "string") field.value = stored[field.name];
+    const value = stored[field.name];
+    if (!field.name || typeof value !== "string") continue;
+    if (field.type === "checkbox") field.checked = value === "on";
+    else field.value = value;
   }
   $("key").value = recall("sessionStorage", "key") ?? "";
 }
 
 function storeControls() {
   // The key has no name, so it is not among these: it stays in this tab's session.
-  const fields = Object.fromEntries(new FormData($("controls")));
+  const fields = { spikes: "off", ...Object.fromEntries(new FormData($("controls"))) };
   remember("localStorage", "controls", JSON.stringify(fields));
   remember("sessionStorage", "key", $("key").value);
 }
@@ -612,6 +614,7 @@ function nextTheme() {
   const next = names[(names.indexOf(shown) + 1) % names.length];
   remember("localStorage", "theme", next);
   showTheme(next);
+  redraw();
 }
 
 // In a narrow window the panels lie over the conversation, one at a time.
@@ -651,7 +654,7 @@ $("input").addEventListener("keydown", (event) => {
   event.preventDefault();
   send();
 });
-$("stop").addEventListener("click", () => running?.controller.abort());
+$("stop").addEventListener("click", stop);
 $("alert").lastElementChild.addEventListener("click", () => showAlert(""));
 $("new").addEventListener("click", () => {
   choose(root);
@@ -666,20 +669,24 @@ $("branch").addEventListener("submit", (event) => {
   save();
 });
 $("remove").addEventListener("click", () => remove(current));
+$("forget").addEventListener("click", forgetAll);
+$("forget").addEventListener("blur", () => askForget(false));
 $("controls").addEventListener("submit", (event) => event.preventDefault());
-$("controls").addEventListener("input", storeControls);
+// One of the settings stands outside of the form.
+$("side-panel").addEventListener("input", storeControls);
 $("controls").addEventListener("reset", () => {
   // The fields have their defaults after this event; the key is not one of the settings.
   const key = $("key").value;
   setTimeout(() => {
     $("key").value = key;
     storeControls();
+    redraw();
   });
 });
 $("key").addEventListener("change", showModel);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") {
-    if (running) running.controller.abort();
+    if (running) stop();
     else closePanels();
   } else if (event.key === "/" && (event.ctrlKey || event.metaKey)) {
     event.preventDefault();
@@ -693,5 +700,9 @@ showTheme(theme in THEMES ? theme : "auto");
 restoreControls();
 showAll();
 showModel();
-pollSilence();
+addEventListener("pagehide", () => {
+  isLeaving = true;
+  if (running) keepRunning();
+});
+addEventListener("pageshow", () => (isLeaving = false));
 $("input").focus();
