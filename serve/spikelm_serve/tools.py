@@ -19,6 +19,8 @@ from spikelm.template import ChatTemplate
 from spikelm_serve.strict_json import Json, parse_object
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+MAX_CALL = 64 * 1024
+"""Characters of a call."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +129,11 @@ class CallReader:
             if not opened:
                 break
             inner, closed, rest = rest.partition(CLOSE)
+            if len(inner) > MAX_CALL:
+                # Wherever the pieces end, the same is text.
+                said += before + OPEN + inner[:MAX_CALL]
+                self._held = inner[MAX_CALL:] + closed + rest
+                continue
             if not closed:
                 said += before.rstrip()
                 self._held = self._held[len(before.rstrip()) :]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from spikelm.generate import Engine
 from spikelm.template import ChatTemplate
+from spikelm_serve import tools
 from spikelm_serve.states import StateStore
 from spikelm_serve.tools import CallReader, Tool, Tools, read_answer
 
@@ -127,6 +128,19 @@ def test_pieces_make_no_difference(parts: list[str], cuts: list[int]) -> None:
         assert said == text
 
 
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+def test_a_call_that_is_too_long_is_text(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(tools, "MAX_CALL", 50)
+    long = ROME.replace("Rome", "R" * 60)
+    text = f"a {long} b {TIME} c {ROME[:-5]}" + "x" * 60 + TIME
+    reader = CallReader(OFFERED)
+    said = "".join(reader.push(text[i : i + piece])[0] for i in range(0, len(text), piece))
+    said += reader.end()
+    assert [call.name for call in reader.calls] == ["time", "time"]
+    assert said.startswith(f"a {long} b")
+    assert "x" * 60 in said
+
+
 def test_a_conversation_with_a_tool_goes_on(
     serve: Serve, make_engine: Any, template: ChatTemplate
 ) -> None:
@@ -135,14 +149,14 @@ def test_a_conversation_with_a_tool_goes_on(
     assert client.get("/v1/models").json()["data"][0]["tools"]
     api = official(client)
     talk: list[Any] = [{"role": "user", "content": "Weather?"}]
-    tools: Any = TOOLS
-    first = api.chat.completions.create(model="tiny", messages=talk, tools=tools, max_tokens=200)
+    offered: Any = TOOLS
+    first = api.chat.completions.create(model="tiny", messages=talk, tools=offered, max_tokens=200)
     answer = first.choices[0].message
     assert answer.tool_calls
     told = {"role": "tool", "tool_call_id": answer.tool_calls[0].id, "content": "Sunny"}
     engine.prompts.clear()
     more = api.chat.completions.create(
-        model="tiny", messages=[*talk, answer, told], tools=tools, max_tokens=4
+        model="tiny", messages=[*talk, answer, told], tools=offered, max_tokens=4
     )
     # What the server wrote down is what the client sends: the new message alone is read.
     assert b"".join(map(bytes, engine.prompts)).startswith(b"[tool]Sunny[assistant]")
