@@ -15,10 +15,11 @@ STATUSES = {
     401: "A key is needed.",
     403: "Another host or origin than the server's, or uploads, which are off.",
     404: "No such model, state, stream or file.",
+    408: "The request's deadline passed before there was an answer.",
     413: "The body is larger than the server takes.",
     429: "Too many requests wait; Retry-After says when to come again.",
     500: "The request failed; nothing else did.",
-    503: "The server is shutting down, a deadline has passed, or the store does not answer.",
+    503: "The server is shutting down, or the store does not answer.",
     507: "No room for one more saved state.",
 }
 _STATE = {"type": "string", "pattern": f"^{STATE_ID.pattern}$"}
@@ -50,7 +51,7 @@ def _paths() -> Json:
 
     def asks(name: str, answer: str, about: str) -> Json:
         answers = {**generated, "application/json": answer}
-        return _route(about, body=name, answers=answers, errors=(404, 413, 429, 503, 507))
+        return _route(about, body=name, answers=answers, errors=(404, 408, 413, 429, 503, 507))
 
     state = [_parameter("id", _STATE)]
     any_id = [_parameter("id", {"type": "string"})]

@@ -235,7 +235,7 @@ class Scheduler:
                     job,
                     RequestError(
                         "the deadline passed before there was an answer",
-                        status=503,
+                        status=408,
                         code="deadline_exceeded",
                     ),
                     "deadline",
