@@ -289,12 +289,12 @@ def test_draining_lets_requests_end(make_engine: Any, start: Start) -> None:
 def test_deadlines(make_engine: Any, start: Start) -> None:
     scheduler = start(make_engine(delay=0.02), slots=1)
     params = SamplingParams(max_tokens=1000, logit_bias={256: -100})
-    events = ask(scheduler, [1], params=params, deadline=time.monotonic() + 0.3)
+    events = ask(scheduler, [1], params=params, deadline=time.monotonic() + 0.6)
     waits = ask(scheduler, [2], deadline=time.monotonic() + 0.05)
     with pytest.raises(RequestError, match="deadline passed") as late:
         waits.end()
     assert late.value.status == 408
-    assert 2 < len(events.tokens()) < 30
+    assert 0 < len(events.tokens()) < 40
     assert [e.finish_reason for e in events.events if isinstance(e, Text)][-1] == "length"
 
 
