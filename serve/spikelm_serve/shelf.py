@@ -84,7 +84,7 @@ class Shelf(ABC):
             self._refresh(wait=wait)
 
     def _refresh(self, *, wait: bool) -> None:
-        self._parts = {key: part for part in (CACHE, SAVED) for key in self._list(part)}
+        self._parts = {key: part for part in (CACHE, SAVED) for key in self._keys(part)}
 
     @contextlib.contextmanager
     def fetch(self, key: str) -> Iterator[tuple[Path, bool]]:
@@ -158,6 +158,9 @@ class Shelf(ABC):
         if total > self.max_bytes:
             raise no_room("disk")
 
+    def _keys(self, part: str) -> Iterable[str]:
+        return self._list(part)
+
     @abstractmethod
     def _list(self, part: str) -> dict[str, Entry]: ...
 
@@ -193,6 +196,10 @@ class Folder(Shelf):
 
     def _path(self, part: str, key: str) -> Path:
         return self.folder / part / f"{key}{SUFFIX}"
+
+    def _keys(self, part: str) -> Iterable[str]:
+        # Without asking for the size of each, which takes much longer.
+        return filter(None, map(_key, os.listdir(self.folder / part)))
 
     def _list(self, part: str) -> dict[str, Entry]:
         found = {}
