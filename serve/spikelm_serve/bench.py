@@ -2,7 +2,8 @@
 
 load    tokens/s, time to the first token and between tokens at several numbers of streams, also of
         other servers with a model of as many parameters
-turns   time to the first token of late turns of a chat over that of early ones; after a restart
+turns   time to the first token of late turns of a chat beside early ones of another; the same after
+        a restart
 fork    time of a fork, and of the first token behind it
 endless a conversation of very many tokens: memory, speed and first token along it
 
@@ -227,50 +228,62 @@ def _post(path: str, body: dict[str, Any]) -> bytes:
     return head.encode() + data
 
 
+class _Chat:
+    """A conversation whose client sends the new message alone."""
+
+    def __init__(self, turn: int = 0) -> None:
+        self.turn = turn
+        """No two chats say the same: it would be known already."""
+        self.state: str | None = None
+        self.last: dict[str, Any] = {}
+
+    def say(self, port: int) -> float:
+        """The next turn; seconds until its first text."""
+        heard = asyncio.run(ask(port, "/v1/chat/completions", _message(self.turn, self.state)))
+        self.last, self.state = heard.last, heard.last["state"]["id"]
+        self.turn += 1
+        return heard.first
+
+
 def turns(model: str, number: int) -> dict[str, Any]:
-    """First-token times of a chat's turns: from the second, the last ten, and ten after a restart.
-    Clients send the new message alone.
+    """First-token times of the last ten turns of a chat beside those of turns 2 to 11 of another,
+    which takes turns with it; the same behind a restart.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = ("--state-dir", str(Path(folder)))
-        state: str | None = None
-        times: list[float] = []
-        sizes = []
+        long = _Chat()
         with serving(model, *options) as server:
-            port = server.port
-            for turn in range(number):
-                heard = asyncio.run(ask(port, "/v1/chat/completions", _message(turn, state)))
-                state = heard.last["state"]["id"]
-                sizes.append(heard.last["state_bytes"])
-                times.append(heard.first)
-            asyncio.run(_call(port, f"/v1/states/{state}/save", {}))
-        again: list[float] = []
+            for _ in range(number - 10):
+                long.say(server.port)
+            late, early = _beside(server.port, long)
+            asyncio.run(_call(server.port, f"/v1/states/{long.state}/save", {}))
         with serving(model, *options) as server:
-            port = server.port
-            for turn in range(number, number + 10):
-                heard = asyncio.run(ask(port, "/v1/chat/completions", _message(turn, state)))
-                state = heard.last["state"]["id"]
-                again.append(heard.first)
-            tokens = heard.last["state"]["tokens"]
-    early, late = statistics.median(times[1:11]), statistics.median(times[-10:])
-    # The first one behind a restart reads its state from the disk.
-    restarted = statistics.median(again[1:])
+            # It reads its state from the disk.
+            first = long.say(server.port)
+            again, fresh = _beside(server.port, long)
     return {
         "turns": number,
-        "tokens": tokens,
+        "tokens": long.last["state"]["tokens"],
         "early_ms": 1000 * early,
         "late_ms": 1000 * late,
-        "restarted_ms": 1000 * restarted,
-        "first_behind_restart_ms": 1000 * again[0],
+        "restarted_ms": 1000 * again,
+        "first_behind_restart_ms": 1000 * first,
         "late_over_early": late / early,
-        "restarted_over_early": restarted / early,
-        "state_bytes_early": sizes[1],
-        "state_bytes_late": sizes[-1],
+        "restarted_over_early": again / fresh,
+        "state_bytes": long.last["state_bytes"],
     }
 
 
+def _beside(port: int, long: _Chat) -> tuple[float, float]:
+    """Medians of the next ten turns of a chat, and of turns 2 to 11 of a new one."""
+    new = _Chat(1000 + long.turn)
+    new.say(port)
+    times = [(long.say(port), new.say(port)) for _ in range(10)]
+    return statistics.median(t for t, _ in times), statistics.median(t for _, t in times)
+
+
 def _message(turn: int, state: str | None) -> dict[str, Any]:
-    content = f"This is message {turn % 10} of many."
+    content = f"This is message {turn:04} of many."
     return {
         "messages": [{"role": "user", "content": content}],
         "max_tokens": 16,
@@ -352,11 +365,11 @@ def describe(report: dict[str, Any]) -> str:
         found = report["turns"]
         lines.append(
             f"turns 2 to 11 of a chat: first text after {found['early_ms']:.1f} ms; the last ten "
-            f"of {found['turns']} ({found['tokens']:,} tokens) {found['late_ms']:.1f} ms, "
+            f"of {found['turns']} of another, between them, {found['late_ms']:.1f} ms, "
             f"{found['late_over_early']:.2f} times; behind a restart {found['restarted_ms']:.1f} "
-            f"ms, {found['restarted_over_early']:.2f} times (the very first "
-            f"{found['first_behind_restart_ms']:.1f} ms); state {found['state_bytes_early']:,} and "
-            f"{found['state_bytes_late']:,} bytes"
+            f"ms, {found['restarted_over_early']:.2f} times turns 2 to 11 of a new one (the very "
+            f"first {found['first_behind_restart_ms']:.1f} ms); {found['tokens']:,} tokens, a "
+            f"state of {found['state_bytes']:,} bytes"
         )
     if "fork" in report:
         found = report["fork"]
