@@ -1,4 +1,5 @@
-"""Logits -> next token: penalties, biases, temperature, top-k, top-p, min-p, in this order.
+"""Logits -> next token: penalties, biases, temperature, typical-p, top-k, top-p, min-p, in this
+order.
 
 N is the vocabulary. Every request draws from a generator of its own, so its tokens depend on
 its seed and its logits, not on what else runs.
@@ -41,6 +42,9 @@ class SamplingParams:
     """Keeps the fewest most likely tokens whose probabilities reach this sum, 0 to 1."""
     min_p: float = 0.0
     """Keeps tokens of at least this fraction of the highest probability, 0 to 1."""
+    typical_p: float = 1.0
+    """Keeps the tokens whose surprise is nearest to the expected one, until their probabilities
+    reach this sum, 0 to 1. Source: Meister et al. 2023 (locally typical sampling)."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of prompt and generated tokens, 0.1 to 10.
     Source: Keskar et al. 2019 (CTRL); prompt included as in transformers."""
@@ -48,6 +52,8 @@ class SamplingParams:
     """Subtracted from the logits of generated tokens, -2 to 2 (OpenAI)."""
     frequency_penalty: float = 0.0
     """Subtracted once per occurrence among the generated tokens, -2 to 2 (OpenAI)."""
+    penalty_decay: float = 1.0
+    """What each token that follows leaves of an occurrence, 0 to 1 (RWKV's alpha_decay)."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these token ids, -100 to 100 (OpenAI: -100 bans a token)."""
     seed: int | None = None
@@ -59,6 +65,8 @@ class SamplingParams:
         self._check_number("temperature", 0, 2)
         self._check_number("top_p", 0, 1)
         self._check_number("min_p", 0, 1)
+        self._check_number("typical_p", 0, 1)
+        self._check_number("penalty_decay", 0, 1)
         self._check_number("repetition_penalty", 0.1, 10)
         self._check_number("presence_penalty", -2, 2)
         self._check_number("frequency_penalty", -2, 2)
@@ -77,6 +85,9 @@ class SamplingParams:
         """How far below the largest a logit still matters to the draw; None if all do."""
         penalties = (self.presence_penalty, self.frequency_penalty)
         if self.repetition_penalty != 1 or penalties != (0, 0) or self.logit_bias:
+            return None
+        if self.typical_p < 1:
+            # The expected surprise is all tokens'.
             return None
         return self.temperature * MATTERS
 
@@ -140,6 +151,7 @@ class Sampler:
         greedy = self.params.temperature == 0
         token = int(scores.argmax()) if greedy else self._draw(scores)
         if self._counts is not None and self._seen is not None:
+            self._counts *= np.float32(self.params.penalty_decay)
             self._counts[token] += 1
             self._seen[token] = True
         return token
@@ -162,9 +174,12 @@ class Sampler:
 
     def _draw(self, scores: Scores) -> int:
         params, N = self.params, scores.size
-        # Shifted, and never divided by a subnormal number: both keep exp() finite.
-        largest, temperature = scores.max(), np.float32(max(params.temperature, 1e-30))
+        temperature = np.float32(max(params.temperature, 1e-30))
         uniform = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        if params.typical_p < 1:
+            scores = _typical(scores, temperature, params.typical_p)
+        # Shifted, and never divided by a subnormal number: both keep exp() finite.
+        largest = scores.max()
         with np.errstate(over="ignore", under="ignore"):
             weights: Scores = np.exp((scores - largest) / temperature)
         limit = N if params.top_k is None else min(params.top_k, N)
@@ -207,6 +222,21 @@ def likelihood(logits: Tensor, token: int, num_top: int) -> Likelihood:
     ids = _largest(logprobs, num_top).tolist() if num_top else []
     top = tuple((i, float(logprobs[i])) for i in ids)
     return Likelihood(token, float(logprobs[token]), top)
+
+
+def _typical(scores: Scores, temperature: np.float32, mass: float) -> Scores:
+    """-inf for tokens that are not among the most typical ones."""
+    with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
+        shifted = (scores.astype(np.float64) - scores.max()) / temperature
+        weights = np.exp(shifted)
+        surprise = np.log(weights.sum()) - shifted
+        probabilities = np.exp(-surprise)
+        expected = np.where(probabilities > 0, probabilities * surprise, 0).sum()
+    order = np.argsort(np.abs(surprise - expected), kind="stable")
+    kept = int((np.cumsum(probabilities[order]) < mass).sum()) + 1
+    found = np.full_like(scores, -np.inf)
+    found[order[:kept]] = scores[order[:kept]]
+    return found
 
 
 def _place(cumulative: npt.NDArray[np.float64], uniform: float) -> int:

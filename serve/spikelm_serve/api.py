@@ -26,7 +26,7 @@ from spikelm_serve.scheduler import Scheduler, incident
 from spikelm_serve.states import Kept, StateStore, describe
 from spikelm_serve.streams import Streams
 from spikelm_serve.tools import Tools, reads_calls
-from spikelm_serve.transport import PING_SECONDS, owner_of, read_body
+from spikelm_serve.transport import owner_of, read_body
 from spikelm_serve.wire import Echo, Json, Wire, error_body, event
 
 MAX_INLINE_BYTES = 16 << 20
@@ -176,7 +176,7 @@ class Api:
         waiting = len(ask.jobs)
         try:
             while waiting:
-                items = await outbox.take(PING_SECONDS)
+                items = await outbox.take(ask.options.ping_seconds)
                 data = b"" if items else b": ping\n\n"
                 for job, item in joined(items):
                     if isinstance(item, Failed):

@@ -47,10 +47,8 @@ def document(vocab_size: int) -> Json:
 
 
 def _paths() -> Json:
-    generated = {"application/json": "Object", "text/event-stream": None}
-
     def asks(name: str, answer: str, about: str) -> Json:
-        answers = {**generated, "application/json": answer}
+        answers = {"application/json": answer, "text/event-stream": None}
         return _route(about, body=name, answers=answers, errors=(404, 408, 413, 429, 503, 507))
 
     state = [_parameter("id", _STATE)]
@@ -264,9 +262,11 @@ def _options(vocab_size: int) -> Json:
         "top_p": _number(0, 1, 1),
         "top_k": _integer(-1),
         "min_p": _number(0, 1, 0),
+        "typical_p": _number(0, 1, 1),
         "repetition_penalty": _number(0.1, 10, 1),
         "presence_penalty": _number(-2, 2, 0),
         "frequency_penalty": _number(-2, 2, 0),
+        "penalty_decay": _number(0, 1, 1),
         "logit_bias": _or_null(
             {
                 "type": "object",
@@ -309,6 +309,7 @@ def _options(vocab_size: int) -> Json:
         "priority": _integer(-schema.MAX_PRIORITY, schema.MAX_PRIORITY, default=0),
         "deadline_ms": _integer(1, schema.MAX_DEADLINE_MS),
         "return_progress": _FLAG,
+        "sse_ping_interval": _number(1, schema.MAX_PING_SECONDS, schema.PING_SECONDS),
         "return_spikes": _FLAG,
     }
 

@@ -26,7 +26,7 @@ from spikelm_serve.outbox import Outbox, joined
 from spikelm_serve.scheduler import incident
 from spikelm_serve.states import describe
 from spikelm_serve.tools import CallReader, ToolCall, Tools, read_answer
-from spikelm_serve.transport import PING_SECONDS, owner_of, read_body
+from spikelm_serve.transport import owner_of, read_body
 from spikelm_serve.wire import Json, costs, error_body, usage
 
 
@@ -152,7 +152,7 @@ class Responses:
             )
             reason, ended = None, False
             while not ended:
-                events = joined(await outbox.take(PING_SECONDS))
+                events = joined(await outbox.take(ask.request.options.ping_seconds))
                 data = b"" if events else b": ping\n\n"
                 for _, event in events:
                     if isinstance(event, Failed):

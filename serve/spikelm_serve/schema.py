@@ -32,6 +32,9 @@ MAX_NAME = 200
 MAX_PATTERN = 10_000
 MAX_ALTERNATIVES = 1024
 MAX_TOOLS = 64
+MAX_PING_SECONDS = 3600
+
+PING_SECONDS = 15.0
 
 # OpenAI's own default for completions; a chat answer usually ends by itself.
 COMPLETION_TOKENS = 16
@@ -42,9 +45,11 @@ _NUMBERS = (
     "temperature",
     "top_p",
     "min_p",
+    "typical_p",
     "repetition_penalty",
     "presence_penalty",
     "frequency_penalty",
+    "penalty_decay",
 )
 
 # Fields of the OpenAI API that are not served, with the values that ask for nothing.
@@ -117,6 +122,8 @@ class Options:
     """Streamed chunks say how much of the prompt has been read."""
     spikes: bool = False
     """Streamed chunks say which neurons fired."""
+    ping_seconds: float = PING_SECONDS
+    """Between comments in a stream that is silent otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -331,7 +338,18 @@ def _options(fields: Json, default_tokens: int, vocab_size: int, num_top: int | 
         deadline_ms=_integer(fields, "deadline_ms", 1, MAX_DEADLINE_MS, default=0) or None,
         progress=_flag(fields, "return_progress"),
         spikes=_flag(fields, "return_spikes"),
+        ping_seconds=_ping(fields),
     )
+
+
+def _ping(fields: Json) -> float:
+    value = fields.get("sse_ping_interval")
+    if value is None:
+        return PING_SECONDS
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 1 <= value <= MAX_PING_SECONDS:
+        _refuse("sse_ping_interval", value, f"seconds from 1 to {MAX_PING_SECONDS}")
+    return float(value)
 
 
 def _completion_logprobs(fields: Json) -> int | None:

@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from spikelm.errors import RequestError
-from spikelm_serve.schema import Options
-from spikelm_serve.transport import PING_SECONDS, EventStream, owner_of
+from spikelm_serve.schema import PING_SECONDS, Options
+from spikelm_serve.transport import EventStream, owner_of
 from spikelm_serve.wire import error_body, event
 
 MAX_BYTES = 4 << 20
@@ -33,8 +33,13 @@ PING = b": ping\n\n"
 class Stream:
     """One answer's events, and whoever reads them."""
 
-    def __init__(self, owner: str, source: AsyncGenerator[bytes, None]) -> None:
-        self.owner = owner
+    def __init__(
+        self,
+        owner: str,
+        source: AsyncGenerator[bytes, None],
+        ping_seconds: float = PING_SECONDS,
+    ) -> None:
+        self.owner, self.ping_seconds = owner, ping_seconds
         self.ended: float | None = None
         """time.monotonic() of its end."""
         self.nbytes = 0
@@ -62,7 +67,7 @@ class Stream:
                     return
                 else:
                     try:
-                        async with asyncio.timeout(PING_SECONDS):
+                        async with asyncio.timeout(self.ping_seconds):
                             await self._more.wait()
                     except TimeoutError:
                         yield PING
@@ -124,7 +129,7 @@ class Streams:
         if not options.resumable:
             return EventStream(events)
         self._forget()
-        self._streams[name] = stream = Stream(owner_of(request), events)
+        self._streams[name] = stream = Stream(owner_of(request), events, options.ping_seconds)
         return EventStream(stream.read(0))
 
     async def resume(self, request: Request) -> Response:

@@ -28,8 +28,6 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 OPEN_PATHS = frozenset({"/", "/health", "/ready", *(f"/static/{name}" for name in KINDS)})
 """What needs no key."""
 RETRY_SECONDS = 1
-PING_SECONDS = 15
-"""Between comments in a stream that is silent otherwise."""
 
 log = logging.getLogger(__name__)
 

@@ -124,6 +124,17 @@ def test_stream_equals_whole(noise: httpx.Client, route: str, fields: Any) -> No
     assert "usage" not in chunks[-1]
 
 
+def test_a_silent_stream_has_comments(serve: Serve, make_engine: Any) -> None:
+    client = serve(make_engine("a", delay=1.3))
+    for route, fields in (
+        ("/v1/completions", {"prompt": "x"}),
+        ("/v1/responses", {"input": "x"}),
+        ("/v1/completions", {"prompt": "x", "stream_options": {"resumable": True}}),
+    ):
+        ask = {**fields, "stream": True, "sse_ping_interval": 1}
+        assert ": ping\n\n" in client.post(route, json=ask).text
+
+
 def test_streamed_usage(noise: httpx.Client) -> None:
     ask = {**ASK, "max_tokens": 7, "seed": 1}
     whole = noise.post(CHAT, json=ask).json()

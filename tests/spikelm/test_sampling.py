@@ -29,6 +29,8 @@ def draws(logits: torch.Tensor, count: int = 4000, **params: Any) -> torch.Tenso
         ("top_k", [0, -1, 1.5, True, "5", 2**63]),
         ("top_p", [-0.1, 1.1, math.nan, None]),
         ("min_p", [-0.1, 1.1, math.nan]),
+        ("typical_p", [-0.1, 1.1, math.nan]),
+        ("penalty_decay", [-0.1, 1.1, math.nan, None]),
         ("repetition_penalty", [0, -1, 11, math.inf, math.nan]),
         ("presence_penalty", [-2.1, 2.1, math.nan]),
         ("frequency_penalty", [-2.1, 2.1, -math.inf]),
@@ -124,6 +126,37 @@ def test_top_p_counts_what_top_k_left() -> None:
 @pytest.mark.parametrize(("min_p", "kept"), [(0.0, 5), (0.2, 4), (0.7, 2), (0.76, 1), (1.0, 1)])
 def test_min_p_is_a_fraction_of_the_best(min_p: float, kept: int) -> None:
     assert (draws(LOGITS, count=800, min_p=min_p) > 0).sum() == kept
+
+
+@pytest.mark.parametrize(
+    ("typical_p", "kept"), [(0.1, [1]), (0.35, [1, 0]), (0.75, [1, 0, 2]), (1.0, [0, 1, 2, 3, 4])]
+)
+def test_typical_p_keeps_what_surprises_as_expected(typical_p: float, kept: list[int]) -> None:
+    # Entropy 1.393 nats; surprises 0.92, 1.20, 1.90, 2.30, 3.00.
+    drawn = draws(LOGITS, typical_p=typical_p)
+    assert sorted(kept) == drawn.nonzero()[:, 0].tolist()
+    total = sum(PROBABILITIES[token] for token in kept)
+    for token in kept:
+        assert drawn[token] == pytest.approx(PROBABILITIES[token] / total, abs=0.03)
+
+
+def test_typical_p_leaves_something_whatever_the_logits() -> None:
+    for logits in (torch.tensor([0.0, -1e30, 50.0]), torch.zeros(9), torch.tensor([3.0])):
+        for temperature in (1e-6, 1.0, 2.0):
+            params = SamplingParams(typical_p=0.0, temperature=temperature, seed=1)
+            assert 0 <= Sampler(params).sample(logits) < len(logits)
+    allowed = torch.tensor([False, True, True])
+    params = SamplingParams(typical_p=0.5, seed=1)
+    assert Sampler(params).sample(torch.tensor([9.0, 0.0, 1.0]), allowed) in (1, 2)
+
+
+def test_penalties_decay() -> None:
+    logits = torch.tensor([1.0, 0.0])
+    # Token 0 was drawn 1, 1.5 and 1.75 times when it is asked for again, instead of 1, 2 and 3.
+    sampler = Sampler(SamplingParams(temperature=0, frequency_penalty=0.6, penalty_decay=0.5))
+    assert [sampler.sample(logits) for _ in range(5)] == [0, 0, 0, 1, 0]
+    lasting = Sampler(SamplingParams(temperature=0, frequency_penalty=0.6))
+    assert [lasting.sample(logits) for _ in range(5)] == [0, 0, 1, 0, 1]
 
 
 def test_filters_see_the_tempered_distribution() -> None:
