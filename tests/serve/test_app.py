@@ -125,7 +125,7 @@ def test_stream_equals_whole(noise: httpx.Client, route: str, fields: Any) -> No
 
 
 def test_a_silent_stream_has_comments(serve: Serve, make_engine: Any) -> None:
-    client = serve(make_engine("a", delay=1.3))
+    client = serve(make_engine("a", delay=2))
     for route, fields in (
         ("/v1/completions", {"prompt": "x"}),
         ("/v1/responses", {"input": "x"}),
