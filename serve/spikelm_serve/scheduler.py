@@ -214,6 +214,9 @@ class Scheduler:
                 budget -= self._settle(self._settling.popleft(), budget)
             else:
                 budget -= self._read(self._reading.popleft(), budget)
+        if budget < self.piece:
+            # First tokens do not wait for the others' next ones.
+            self.deliver()
         ready = [s for s in self._running if not s.job.sink.full]
         if ready:
             self._decode(ready)
