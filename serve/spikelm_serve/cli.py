@@ -115,7 +115,7 @@ def _size(text: str) -> int:
     """Bytes, in the notation of --spike-budget."""
     match = re.fullmatch(r"(\d+) *([KMG]iB|B|)", text.strip())
     if match is None or not int(match[1]):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} given; allowed: bytes, such as 500MiB or 2GiB")
     return int(match[1]) << {"KiB": 10, "MiB": 20, "GiB": 30}.get(match[2], 0)
 
 

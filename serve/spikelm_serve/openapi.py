@@ -104,6 +104,7 @@ def _paths() -> Json:
                     _parameter("Last-Event-ID", {"type": "integer", "minimum": -1}, where="header"),
                 ],
                 answers={"text/event-stream": None},
+                empty="It has ended, and there is nothing after that event.",
                 errors=(400, 404),
             ),
             "delete": _route("Ends it.", "Cancelled", parameters=any_id, errors=(404,)),
@@ -170,6 +171,7 @@ def _route(
     parameters: Sequence[Json] = (),
     answers: dict[str, str | None] | None = None,
     errors: Iterable[int] = (),
+    empty: str | None = None,
     open_to_all: bool = False,
 ) -> Json:
     kinds = answers or {"application/json": answer}
@@ -189,6 +191,8 @@ def _route(
             },
         },
     }
+    if empty:
+        found["responses"]["204"] = {"description": empty}
     if parameters:
         found["parameters"] = list(parameters)
     if body or upload:
@@ -534,7 +538,7 @@ def _schemas(vocab_size: int) -> Json:
         "Chat": generated("chat.completion", {"message": message}),
         "Response": _object(response, list(response)),
         "Deleted": _object(deleted, list(deleted)),
-        "Cancelled": _object({**cancelled, "cancelled": {"const": True}}, [*cancelled]),
+        "Cancelled": _object({**cancelled, "cancelled": {"type": "boolean"}}, [*cancelled]),
         "Tokens": _object({"tokens": _list(_COUNT, 0), "count": _COUNT}, ["tokens", "count"]),
         "Prompt": _object({"prompt": {"type": "string"}}, ["prompt"]),
         "Verified": _ANY,

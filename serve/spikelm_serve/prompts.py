@@ -64,8 +64,9 @@ class Prompts:
         Raises: RequestError if the template refuses it, or `start` is not the end of a message.
         """
         offered = None
-        if tools is not None:
+        if tools is not None or any(m.keys() & {"tool_calls", "tool_call_id"} for m in messages):
             check_template(self._template)
+        if tools is not None:
             offered = [tool.as_json() for tool in tools.tools]
         render = partial(self._template.render, tools=offered)
         before = _before(start) if start is not None else []

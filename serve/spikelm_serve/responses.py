@@ -72,6 +72,8 @@ class Responses:
         if before is not None:
             state = replace(options.state, start=_state_id(before))
             options = replace(options, state=state)
+        if not request.store:
+            options = replace(options, state=replace(options.state, no_cache=True))
         start, root = api.beginning(options, owner)
         messages, tools = schema.as_dicts(request.messages), request.tools
         prompt = api.prompts.chat(messages, start, root, tools)

@@ -57,13 +57,26 @@ _NOT_SERVED: dict[str, tuple[object, ...]] = {
     "audio": (),
     "background": (False,),
     "best_of": (1,),
+    "conversation": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "include": ([],),
+    "max_tool_calls": (),
     "modalities": (["text"],),
     "prediction": (),
+    "reasoning": (),
+    "reasoning_effort": (),
     "suffix": ("",),
+    "truncation": ("disabled",),
+    "verbosity": (),
     "web_search_options": (),
 }
+# The last one is for proxies; there is nothing to obfuscate.
+_STREAM_OPTIONS = {"include_usage", "resumable", "include_obfuscation"}
 _TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -188,6 +201,8 @@ def parse_completion(body: bytes, vocab_size: int) -> CompletionRequest:
 def parse_chat(body: bytes, vocab_size: int) -> ChatRequest:
     """Raises: RequestError naming the field."""
     fields = parse_object(body)
+    if fields.get("echo") not in (None, False):
+        raise RequestError("echo is for completions; leave it out", param="echo")
     return ChatRequest(
         options=_options(fields, CHAT_TOKENS, vocab_size, _chat_logprobs(fields)),
         messages=_messages(fields.get("messages")),
@@ -229,6 +244,16 @@ class RewindRequest:
 def parse_response(body: bytes, vocab_size: int) -> ResponseRequest:
     """Raises: RequestError naming the field."""
     fields = parse_object(body)
+    # Chats and completions have them.
+    for name, neutral in (
+        ("prompt", ()),
+        ("n", (1,)),
+        ("top_logprobs", (0,)),
+        ("max_tokens", ()),
+        ("return_spikes", (False,)),
+    ):
+        if fields.get(name) is not None and fields[name] not in neutral:
+            raise RequestError(f"{name} is not for responses; leave it out", param=name)
     instructions = fields.get("instructions")
     if instructions is not None and not isinstance(instructions, str):
         _refuse("instructions", instructions, "a string")
@@ -483,6 +508,8 @@ def _stream_option(fields: Json, name: str) -> bool:
         return False
     if not isinstance(options, dict) or not _flag(fields, "stream"):
         _refuse("stream_options", options, "an object, and only with stream: true")
+    if not options.keys() <= _STREAM_OPTIONS:
+        _refuse("stream_options", options, f"some of {', '.join(sorted(_STREAM_OPTIONS))}")
     return _flag({f"stream_options.{name}": options.get(name)}, f"stream_options.{name}")
 
 

@@ -75,6 +75,10 @@ class Stream:
             self._readers -= 1
             self._left = time.monotonic()
 
+    def is_over(self, number: int) -> bool:
+        """Whether there is nothing from event `number` on, and never will be."""
+        return self.ended is not None and number == self._dropped + len(self._events)
+
     def check(self, number: int) -> None:
         """Raises: RequestError unless the events from `number` on are there."""
         if number < self._dropped:
@@ -82,11 +86,13 @@ class Stream:
         if number > self._dropped + len(self._events):
             raise RequestError(f"the stream has no event {number - 1} yet", param="after")
 
-    async def stop(self) -> None:
-        """Ends the answer."""
+    async def stop(self) -> bool:
+        """Ends the answer. Returns whether it was not at its end."""
+        runs = self.ended is None
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
+        return runs
 
     async def _pump(self) -> None:
         try:
@@ -97,11 +103,20 @@ class Stream:
                 self._wake()
                 alone = not self._readers and time.monotonic() - self._left > ABANDONED_SECONDS
                 if alone:
+                    self._cut("nobody read the stream")
                     break
+        except asyncio.CancelledError:
+            self._cut("the stream was ended")
+            raise
         finally:
             self.ended = time.monotonic()
             self._wake()
             await self._source.aclose()
+
+    def _cut(self, why: str) -> None:
+        """Its last events, so that readers know that there is nothing more to wait for."""
+        for last in (error_body(RequestError(why, status=499, code="cancelled")), "[DONE]"):
+            self._push(event(last)[:-2])
 
     def _push(self, part: bytes) -> None:
         number = self._dropped + len(self._events)
@@ -141,13 +156,16 @@ class Streams:
                 f"after: {last[:40]!r} given; allowed: the number of an event, or -1", param="after"
             )
         stream.check(int(last) + 1)
+        if stream.is_over(int(last) + 1):
+            # EventSource asks again until it gets that.
+            return Response(status_code=204)
         return EventStream(stream.read(int(last) + 1))
 
     async def cancel(self, request: Request) -> Response:
         """Ends an answer, which its client's going away does not."""
-        await self._find(request).stop()
+        cancelled = await self._find(request).stop()
         name = request.path_params["id"]
-        return JSONResponse({"id": name, "object": "stream", "cancelled": True})
+        return JSONResponse({"id": name, "object": "stream", "cancelled": cancelled})
 
     async def close(self) -> None:
         for stream in self._streams.values():

@@ -93,18 +93,36 @@ def check_template(template: ChatTemplate) -> None:
 
 def schema_of(tools: Tools) -> Json:
     """Of the object that calls one of those that must be."""
+    wanted = [tool for tool in tools.tools if tool.name in tools.must]
+    places = [f"#/$defs/{number}" for number in range(len(wanted))]
     return {
         "anyOf": [
             {
                 "type": "object",
-                "properties": {"name": {"const": tool.name}, "arguments": tool.parameters},
+                "properties": {"name": {"const": tool.name}, "arguments": {"$ref": place}},
                 "required": ["name", "arguments"],
                 "additionalProperties": False,
             }
-            for tool in tools.tools
-            if tool.name in tools.must
-        ]
+            for tool, place in zip(wanted, places, strict=True)
+        ],
+        "$defs": {
+            str(number): _moved(tool.parameters, places[number])
+            for number, tool in enumerate(wanted)
+        },
     }
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema that is no longer the root: its references begin where it is."""
+    if isinstance(schema, list):
+        return [_moved(item, place) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _moved(value, place) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        found["$ref"] = place + reference[1:]
+    return found
 
 
 class CallReader:

@@ -48,7 +48,7 @@ def running(client: httpx.Client) -> int:
     [
         (COMPLETIONS, {"max_tokens": 40}),
         (CHAT, {"prompt": None, "messages": [{"role": "user", "content": "Hi"}]}),
-        ("/v1/responses", {"input": "Hi", "stream_options": {"resumable": True}}),
+        ("/v1/responses", {"prompt": None, "input": "Hi", "stream_options": {"resumable": True}}),
     ],
 )
 def test_read_again_from_every_event(
@@ -111,7 +111,13 @@ def test_ended_by_hand_or_when_nobody_reads(
     assert running(client) == 1
     assert client.delete(stream).json()["cancelled"]
     until(lambda: running(client) == 0)
-    assert client.get(stream).text.startswith("id: 0\n")
+    said = client.get(stream).text
+    assert said.startswith("id: 0\n")
+    assert '"code": "cancelled"' in said
+    assert said.endswith("data: [DONE]\n\n")
+    assert not client.delete(stream).json()["cancelled"]
+    # EventSource comes again until it hears that.
+    assert client.get(stream, params={"after": said.count("\n\n") - 1}).status_code == 204
     monkeypatch.setattr(streams, "ABANDONED_SECONDS", 0.2)
     begun()
     until(lambda: running(client) == 0)

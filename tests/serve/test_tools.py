@@ -208,6 +208,26 @@ def test_a_call_that_must_be(
             assert arguments["days"] <= 9
 
 
+def test_schemas_with_references(
+    serve: Serve, coded_engine: Engine, template: ChatTemplate
+) -> None:
+    place = {"type": "object", "properties": {"at": {"enum": [1, 2]}}, "required": ["at"]}
+    nested = {
+        "type": "object",
+        "properties": {"from": {"$ref": "#/$defs/Place"}, "to": {"$ref": "#/$defs/Place"}},
+        "required": ["from", "to"],
+        "additionalProperties": False,
+        "$defs": {"Place": {**place, "additionalProperties": False}},
+    }
+    offered = [{"type": "function", "function": {"name": "go", "parameters": nested}}]
+    body = ask(tools=offered, tool_choice="required", seed=1)
+    client = serve(coded_engine, template=template)
+    [call] = client.post(CHAT, json=body).json()["choices"][0]["message"]["tool_calls"]
+    found = json.loads(call["function"]["arguments"])
+    assert found["from"]["at"] in (1, 2)
+    assert found["to"]["at"] in (1, 2)
+
+
 @pytest.fixture
 def noise_with_tools(serve: Serve, make_engine: Any, template: ChatTemplate) -> httpx.Client:
     return serve(make_engine(), template=template)
@@ -281,6 +301,10 @@ def test_templates_without(
     assert refused.status_code == 400
     assert message in refused.json()["error"]["message"]
     assert client.post(CHAT, json=ask(tool_choice="none")).status_code == 200
+    told = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [CALL]}]
+    told.append({"role": "tool", "tool_call_id": "a", "content": "b"})
+    refused = client.post(CHAT, json={"messages": told})
+    assert message in refused.json()["error"]["message"]
     assert client.post(CHAT, json=ask(tools=[])).status_code == 200
     assert not client.get("/v1/models").json()["data"][0]["tools"]
     refused = client.post("/v1/completions", json={"prompt": "x", "tools": TOOLS})
@@ -344,3 +368,36 @@ def test_responses_refuse_what_is_no_item(noise_with_tools: httpx.Client) -> Non
     ):
         refused = noise_with_tools.post(RESPONSES, json={"input": [item]})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("param", "fields"),
+    [
+        ("n", {"n": 2}),
+        ("conversation", {"conversation": "c"}),
+        ("prompt", {"prompt": {"id": "p"}}),
+        ("include", {"include": ["x"]}),
+        ("reasoning", {"reasoning": {"effort": "low"}}),
+        ("truncation", {"truncation": "auto"}),
+        ("max_tokens", {"max_tokens": 3}),
+        ("return_spikes", {"return_spikes": True}),
+        ("stream_options", {"stream": True, "stream_options": {"resumeable": True}}),
+    ],
+)
+def test_responses_refuse_what_they_do_not_serve(
+    noise_with_tools: httpx.Client, param: str, fields: dict[str, Any]
+) -> None:
+    refused = noise_with_tools.post(RESPONSES, json={"input": "x", **fields})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+def test_what_is_not_to_be_stored_is_not_kept(
+    serve: Serve, make_engine: Any, template: ChatTemplate
+) -> None:
+    store = StateStore("model")
+    client = serve(make_engine("Yes."), template=template, store=store)
+    body = client.post(RESPONSES, json={"input": "Hi", "store": False}).json()
+    assert body["state"] is None
+    assert store.num_kept == 0
+    assert client.post(RESPONSES, json={"input": "Hi"}).json()["state"]
+    assert store.num_kept
