@@ -177,5 +177,7 @@ class Job:
     running: int = 0
     finished: list[Kept | None] = field(default_factory=list)
     scored: list[Likelihood] = field(default_factory=list)
+    reason: str = "stop"
+    """How its choices ended: "length" if one of them was cut."""
     blocked_since: float | None = None
     ended: bool = False

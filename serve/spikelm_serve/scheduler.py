@@ -474,6 +474,8 @@ class Scheduler:
 
     def _emit_text(self, sequence: Choice, text: str, reason: str | None) -> None:
         sequence.said += text
+        if reason == "length":
+            sequence.job.reason = reason
         if text or reason is not None:
             sequence.job.sink.put(
                 Text(
@@ -563,7 +565,7 @@ class Scheduler:
         if job.running == 0 and not job.ended:
             job.ended = True
             job.sink.put(Done(job.totals, tuple(job.finished)))
-            self.observe(job, "stop")
+            self.observe(job, job.reason)
 
     def _guarded(self, job: Job, work: Callable[[Job], Any]) -> bool:
         """Whether `work` was done; if not, this job has failed and no other."""

@@ -23,6 +23,7 @@ from spikelm_serve.transport import OPEN_PATHS
 
 Serve = Callable[..., httpx.Client]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+REASONS = ("stop", "length")
 ASK = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 
 
@@ -146,7 +147,11 @@ def test_metrics_are_what_clients_counted(serve: Serve, coded_engine: Engine) ->
     assert after["spikelm_prompt_tokens_total"] == usage["prompt_tokens"]
     assert after["spikelm_generation_tokens_total"] == usage["completion_tokens"]
     assert after["spikelm_prefix_cache_hits_total"] == usage["cached"]
-    assert after['spikelm_request_success_total{finished_reason="stop"}'] == 20
+    ended = {
+        reason: f'spikelm_request_success_total{{finished_reason="{reason}"}}' for reason in REASONS
+    }
+    assert sum(after.get(name, 0) for name in ended.values()) == 20
+    assert after[ended["length"]] > 0
     assert after['spikelm_requests_refused_total{status="400"}'] == 1
     assert after["spikelm_time_to_first_token_seconds_count"] == 20
     assert after["spikelm_num_requests_running"] == after["spikelm_num_requests_waiting"] == 0

@@ -94,8 +94,11 @@ def test_nothing_is_left_behind(started: Any, tmp_path: Path) -> None:
             time.sleep(0.05)
         assert found["spikelm_num_requests_running"] == found["spikelm_num_requests_waiting"] == 0
         assert found["spikelm_state_pool_used_bytes"] <= 20 << 20
-        ended = found['spikelm_request_success_total{finished_reason="stop"}']
-        left = found.get('spikelm_request_success_total{finished_reason="abort"}', 0)
+
+        def number(reason: str) -> float:
+            return found.get(f'spikelm_request_success_total{{finished_reason="{reason}"}}', 0)
+
+        ended, left = number("stop") + number("length"), number("abort")
         assert ended + left <= REQUESTS + 1
         assert ended >= heard
         assert left > 0.1 * REQUESTS
