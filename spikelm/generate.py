@@ -103,7 +103,8 @@ class Engine:
         where exact ones would have to read the whole head.
 
         `in_place` lets native code write into `state`, which whoever owns it may: copying a large
-        state takes longer than updating it. `watch` gets what each sequence did.
+        state takes longer than updating it. `watch` gets what each sequence did, in torch
+        only if it asks for `bits`.
         """
         vocabulary = self.tokenizer.vocab_size
         if self.program is None:
@@ -151,11 +152,10 @@ class Engine:
             return
         self._silent += (spikes.values == 0).sum()
         self._total += spikes.values.numel()
-        if watch is None:
+        # To count them by sequence takes a transfer from the device.
+        if watch is None or not watch.bits:
             return
-        fired = (spikes.values != 0).flatten(1).cpu().numpy()
-        if watch.bits:
-            watch.fired[neuron.name] = fired
+        watch.fired[neuron.name] = fired = (spikes.values != 0).flatten(1).cpu().numpy()
         before = watch.counts or [Counts()] * len(fired)
         watch.counts = [
             Counts(counts.silent + int(silent), counts.total + fired.shape[1])

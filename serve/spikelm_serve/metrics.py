@@ -31,7 +31,7 @@ class Metrics:
         gauge("num_requests_waiting", "Requests that wait.", lambda: scheduler.num_waiting)
         gauge("state_pool_used_bytes", "Bytes of states in memory.", lambda: store.used)
         gauge("state_checkpoints", "States in memory.", lambda: store.num_kept)
-        gauge("state_restored", "States read from disk.", lambda: store.restored)
+        gauge("state_restored", "States read from the shelf.", lambda: store.restored)
         gauge("state_evictions", "States that left memory.", lambda: store.evictions)
         gauge(
             "silent_fraction",

@@ -2,7 +2,7 @@
 
 The id of a state is the hash of the id before it and of the next token, from a root that belongs to
 one model and one owner: equal beginnings have equal ids, and nobody can name another's. A state is
-never changed once it is kept. Memory and disk have budgets; what was used longest ago goes first,
+never changed once it is kept. Memory and shelf have budgets; what was used longest ago goes first,
 saved states stay.
 
 A state of n tokens costs as much as one of any other length; hashing costs a microsecond per token.
@@ -165,7 +165,7 @@ class StateStore:
         self.used = 0
         """Bytes in memory."""
         self.restored = 0
-        """States read from disk so far."""
+        """States read from the shelf so far."""
         self.evictions = 0
         self._expected = (fingerprint, like, vocab_size)
         self._kept: OrderedDict[str, Kept] = OrderedDict()
@@ -305,8 +305,8 @@ class StateStore:
             kept = found
             yield kept
 
-    def take_in(self, data: bytes, owner: str, name: str | None = None) -> Kept:
-        """A state from a file's content, under an id of its own.
+    def take_in(self, data: bytes, owner: str) -> Kept:
+        """A state from a file's content, under an id of its own; it keeps its name.
 
         Raises: RequestError (400) that says what does not fit.
         """
@@ -316,8 +316,8 @@ class StateStore:
         except CheckpointError as error:
             message = str(error).replace(str(path), "the file").replace(path.name, "the file")
             raise RequestError(message, code="state_refused") from None
-        own = _name(_digest(f"{owner}\n{name or ''}\n".encode() + data))
-        return self.keep(replace(found, id=own, parent=None, owner=owner, name=name, saved=False))
+        own = _name(_digest(f"{owner}\n".encode() + data))
+        return self.keep(replace(found, id=own, parent=None, owner=owner, saved=False))
 
     def flush(self) -> None:
         """Waits until everything that is to be written has been."""
@@ -332,7 +332,7 @@ class StateStore:
             self.shelf.close()
 
     def _get(self, key: str, *, strict: bool = False) -> Kept | None:
-        """From memory or disk; a damaged file is an error if `strict`, else as good as none."""
+        """From memory or shelf; a damaged file is an error if `strict`, else as good as none."""
         with self._lock:
             kept = self._kept.get(key)
             if kept is not None:
@@ -409,11 +409,12 @@ def _metadata(head: bytes, fingerprint: str) -> dict[str, str]:
     size = int.from_bytes(head[:8], "little")
     try:
         found: dict[str, str] = json.loads(head[8 : 8 + size])["__metadata__"]
-        if found["fingerprint"] == fingerprint:
-            return found
+        ours = found["fingerprint"] == fingerprint
     except (KeyError, TypeError, ValueError, RecursionError):
-        pass
-    raise CheckpointError("it is not a state of this model")
+        ours = False
+    if not ours:
+        raise CheckpointError("it is not a state of this model")
+    return found
 
 
 def describe(kept: Kept, fingerprint: str) -> dict[str, Any]:

@@ -293,9 +293,9 @@ def test_an_uploaded_state_is_its_owners(make: Make) -> None:
     store = make()
     one = replace(kept(store, [1, 2], "me"), saved=True, name="theirs")
     store.keep(one)
-    taken = store.take_in(one.pack("model"), "you", "mine")
+    taken = store.take_in(one.pack("model"), "you")
     assert taken.id != one.id
-    assert (taken.owner, taken.parent, taken.saved, taken.name) == ("you", None, False, "mine")
+    assert (taken.owner, taken.parent, taken.saved, taken.name) == ("you", None, False, "theirs")
     with pytest.raises(RequestError, match="no state"):
         store.get(one.id, "you")
 
